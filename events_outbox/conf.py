@@ -1,0 +1,84 @@
+"""The setting `EVENTS_OUTBOX`, parsed once and strictly. README, Settings, lists every key with its unit."""
+
+from dataclasses import dataclass, field, fields
+from functools import cache
+from typing import Any, get_origin
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+
+
+@dataclass(frozen=True)
+class OutboxSettings:
+    """Values of `EVENTS_OUTBOX`; a key that is left out has the default shown here."""
+
+    KAFKA: dict[str, Any] = field(default_factory=dict)
+    """librdkafka settings of every client: `bootstrap.servers`, TLS, SASL."""
+    KAFKA_PRODUCER: dict[str, Any] = field(default_factory=dict)
+    """librdkafka settings of the relay's producer, over the defaults in `kafka.py`."""
+    KAFKA_CONSUMER: dict[str, Any] = field(default_factory=dict)
+    """librdkafka settings of every consumer, over the defaults in `kafka.py`."""
+    KAFKA_IS_EMBEDDED: bool = False
+    """The broker is the in-memory one for development: no topic administration, nothing kept."""
+    ACKS: str = "all"
+    """"all", or "1" (the specification's WaitForLocal), which turns idempotence off."""
+    BATCH_SIZE: int = 500
+    """Events a batch of the relay, 1 to 10,000; the specification recommends 100 to 1,000."""
+    CONSUMER_BATCH_SIZE: int = 500
+    """Events a batch (one transaction) of a consumer, 1 to 10,000."""
+    MAX_EVENT_BYTES: int = 900_000
+    """Largest serialised event in bytes; stays below the broker's `message.max.bytes` (1 MB) with its headers."""
+    DEFAULT_TOPIC: str = "default.events"
+    """Topic of the event types that TOPICS does not route."""
+    TOPICS: dict[str, str] = field(
+        default_factory=lambda: {
+            "conversation": "conversation.events",
+            "document": "document.events",
+            "identity": "identity.events",
+        }
+    )
+    """Domain (first part of the event type) -> topic."""
+    TOPIC_PARTITIONS: int = 6
+    TOPIC_REPLICATION_FACTOR: int = 1
+    IDLE_POLL_MIN_SECONDS: float = 0.005
+    """Shortest pause of an idle relay between two looks at the outbox."""
+    IDLE_POLL_MAX_SECONDS: float = 0.1
+    """Longest pause of an idle relay between two looks at the outbox."""
+    LEADER_POLL_SECONDS: float = 1.0
+    """How often a standby relay tries to become the leader."""
+    LEADER_SESSION_TIMEOUT_SECONDS: int = 10
+    """A leader that is frozen, or whose host is lost, loses its database session, and so the lead, after this."""
+
+    def __post_init__(self) -> None:
+        for name in ("BATCH_SIZE", "CONSUMER_BATCH_SIZE"):
+            if not 1 <= getattr(self, name) <= 10_000:
+                raise ImproperlyConfigured(f"EVENTS_OUTBOX[{name!r}] must be from 1 to 10000")
+        if self.ACKS not in ("all", "1"):
+            raise ImproperlyConfigured(f'EVENTS_OUTBOX["ACKS"] is {self.ACKS!r}: use "all" (safe) or "1"')
+
+
+@cache
+def outbox_settings() -> OutboxSettings:
+    """Return the parsed settings.
+
+    Raises ImproperlyConfigured for an unknown key, a value of the wrong type or one out of range.
+    """
+    given = getattr(settings, "EVENTS_OUTBOX", {})
+    known = {f.name: f for f in fields(OutboxSettings)}
+    for name, value in given.items():
+        if name not in known:
+            raise ImproperlyConfigured(f"EVENTS_OUTBOX has no key {name!r}; it knows {', '.join(sorted(known))}")
+        expected: Any = get_origin(known[name].type) or known[name].type
+        is_int_for_float = expected is float and type(value) is int
+        if type(value) is not expected and not is_int_for_float:
+            raise ImproperlyConfigured(f"EVENTS_OUTBOX[{name!r}] is {value!r}; it must be a {expected.__name__}")
+    return OutboxSettings(**given)
+
+
+def _forget(*, setting: str, **_: Any) -> None:
+    if setting == "EVENTS_OUTBOX":
+        outbox_settings.cache_clear()
+
+
+setting_changed.connect(_forget)

@@ -1,0 +1,185 @@
+"""The leader's database session: the lock, the cursor that only its holder moves, and the parked events.
+
+Everything here runs on one dedicated session. The lock lives and dies with it, so a relay that has lost the lock
+has lost the means to move the cursor too.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from django.db import DEFAULT_DB_ALIAS, connections
+
+from .conf import outbox_settings
+from .exceptions import LeadershipLost
+from .fields import NOTHING_SEEN, PgSnapshot
+from .window import PAGE_COLUMNS, take_snapshot
+
+logger = logging.getLogger(__name__)
+
+LOCK_KEY = 0x6F7574626F78  # "outbox"; advisory locks are per database
+APPLICATION_NAME = "relay_outbox"
+_CURSOR = "events_outbox_relaycursor"
+_UNDELIVERABLE = "events_outbox_undeliverableevent"
+_OUTBOX = "events_outbox_outboxevent"
+
+
+@dataclass(frozen=True)
+class Parked:
+    """An event to park: why, in one word and in a sentence."""
+
+    event_id: int
+    topic: str
+    aggregate_id: str
+    reason: str
+    error: str
+
+
+def open_session() -> psycopg.Connection[Any]:
+    """Open the relay's own session, in autocommit mode.
+
+    It ends by itself, and with it the lock, when the relay is frozen (no statement for the session timeout) or its
+    host is lost (keepalives). Raises psycopg.OperationalError when the database is away.
+    """
+    parameters = connections[DEFAULT_DB_ALIAS].get_connection_params()  # type: ignore[no-untyped-call]
+    for django_only in ("cursor_factory", "context", "pool"):
+        parameters.pop(django_only, None)
+    parameters |= {"autocommit": True, "application_name": APPLICATION_NAME, "connect_timeout": 5}
+    session = psycopg.connect(**parameters)
+    timeout_seconds = outbox_settings().LEADER_SESSION_TIMEOUT_SECONDS
+    for name, value in (
+        ("idle_session_timeout", f"{timeout_seconds}s"),
+        ("tcp_keepalives_idle", "3"),
+        ("tcp_keepalives_interval", "1"),
+        ("tcp_keepalives_count", "3"),
+        # A cursor is read to its end here; the default plans for its first tenth.
+        ("cursor_tuple_fraction", "1"),
+    ):
+        session.execute("SELECT set_config(%s, %s, false)", [name, value])
+    return session
+
+
+class Leader:
+    """The state that the lock protects. Every method raises LeadershipLost when the session is gone."""
+
+    def __init__(self, session: psycopg.Connection[Any]) -> None:
+        self.session = session
+        self.published = NOTHING_SEEN
+        self.window: PgSnapshot | None = None
+        self.window_last_id = 0
+        self.parked_keys: set[tuple[str, str]] = set()
+        self.last_error = ""
+
+    def try_lead(self) -> bool:
+        """Take the lock if it is free, and load the cursor. False: another relay leads."""
+        row = self.session.execute("SELECT pg_try_advisory_lock(%s)", [LOCK_KEY]).fetchone()
+        if not row or not row[0]:
+            return False
+        self._load()
+        return True
+
+    def _load(self) -> None:
+        execute = self.session.execute
+        execute(
+            f"""INSERT INTO {_CURSOR} (id, published, window_last_id, leader, last_error)
+                VALUES (1, %s, 0, '', '') ON CONFLICT DO NOTHING""",  # noqa: S608
+            [str(NOTHING_SEEN)],
+        )
+        execute(
+            f"UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now() WHERE id = 1",  # noqa: S608
+            [f"{socket.gethostname()}:{os.getpid()}"],
+        )
+        row = execute(
+            f'SELECT published::text, "window"::text, window_last_id, system_identifier FROM {_CURSOR}'  # noqa: S608
+        ).fetchone()
+        self.published = PgSnapshot.parse(row[0])
+        self.window = PgSnapshot.parse(row[1]) if row[1] else None
+        self.window_last_id = row[2]
+        cluster = execute("SELECT system_identifier FROM pg_control_system()").fetchone()[0]
+        if row[3] is not None and row[3] != cluster:
+            self._rebase()
+        execute(f"UPDATE {_CURSOR} SET system_identifier = %s", [cluster])  # noqa: S608
+        self.load_parked_keys()
+
+    def load_parked_keys(self) -> None:
+        rows = self.session.execute(f"SELECT DISTINCT topic, aggregate_id FROM {_UNDELIVERABLE}")  # noqa: S608
+        self.parked_keys = {(topic, aggregate_id) for topic, aggregate_id in rows}
+
+    def _rebase(self) -> None:
+        """Carry the cursor over to another cluster, after a restore or pg_upgrade.
+
+        The rows' transaction ids mean nothing there, but "visible in the old snapshot" is arithmetic and still
+        true. Unpublished rows get a transaction id of this cluster, published ones the frozen one. A row whose own
+        `xmin` is its transaction id was written in this cluster, so it is unpublished whatever the arithmetic says.
+        """
+        start = take_snapshot(self.session)  # before the update: what the update stamps must not be seen by it
+        window = str(self.window) if self.window else None
+        with self.session.transaction():
+            stamped = self.session.execute(
+                f"""UPDATE {_OUTBOX} SET transaction_id = CASE
+                        WHEN transaction_id::text::numeric %% 4294967296 = xmin::text::numeric THEN pg_current_xact_id()
+                        WHEN pg_visible_in_snapshot(transaction_id, %(published)s::pg_snapshot) THEN '2'::xid8
+                        WHEN %(window)s::text IS NOT NULL AND id <= %(last_id)s
+                             AND pg_visible_in_snapshot(transaction_id, %(window)s::pg_snapshot) THEN '2'::xid8
+                        ELSE pg_current_xact_id() END""",  # noqa: S608
+                {"published": str(self.published), "window": window, "last_id": self.window_last_id},
+            )
+            self.published, self.window, self.window_last_id = start, None, 0
+            self._save()
+        logger.warning("cursor carried over to this database cluster", extra={"events": stamped.rowcount})
+
+    def save(self, parked: Sequence[Parked] = ()) -> None:
+        """Write the cursor and a heartbeat, and park events, in one transaction."""
+        try:
+            if not parked:
+                self._save()
+                return
+            with self.session.transaction():
+                self.session.cursor().executemany(
+                    f"""INSERT INTO {_UNDELIVERABLE} (event_id, topic, aggregate_id, reason, error)
+                        VALUES (%s, %s, %s, %s, %s) ON CONFLICT (event_id) DO NOTHING""",  # noqa: S608
+                    [(p.event_id, p.topic, p.aggregate_id, p.reason, p.error) for p in parked],
+                )
+                self._save()
+        except psycopg.OperationalError as error:
+            raise LeadershipLost(str(error)) from error
+
+    def _save(self) -> None:
+        self.session.execute(
+            f"""UPDATE {_CURSOR} SET published = %s, "window" = %s, window_last_id = %s,
+                       heartbeat_at = now(), last_error = %s WHERE id = 1""",  # noqa: S608
+            [
+                str(self.published),
+                str(self.window) if self.window else None,
+                self.window_last_id,
+                self.last_error,
+            ],
+        )
+
+    def redrive_requests(self, limit: int) -> list[tuple[Any, ...]]:
+        """Return parked events that an operator wants published, as rows of a page, in the order of parking."""
+        return self.session.execute(
+            f"""SELECT {PAGE_COLUMNS} FROM {_UNDELIVERABLE} u JOIN {_OUTBOX} e ON e.id = u.event_id
+                 WHERE u.redrive_requested_at IS NOT NULL ORDER BY u.id LIMIT %s""",  # noqa: S608
+            [limit],
+        ).fetchall()
+
+    def close_redrive(self, delivered_ids: Sequence[int], refused: Sequence[Parked]) -> None:
+        """Forget what a redrive delivered; keep what was refused again parked, with its new error."""
+        with self.session.transaction():
+            self.session.execute(f"DELETE FROM {_UNDELIVERABLE} WHERE event_id = ANY(%s)", [list(delivered_ids)])  # noqa: S608
+            self.session.cursor().executemany(
+                f"UPDATE {_UNDELIVERABLE} SET reason = %s, error = %s WHERE event_id = %s",  # noqa: S608
+                [(p.reason, p.error, p.event_id) for p in refused],
+            )
+            # The rest of a key that was refused waits behind it again.
+            self.session.cursor().executemany(
+                f"""UPDATE {_UNDELIVERABLE} SET redrive_requested_at = NULL
+                     WHERE topic = %s AND aggregate_id = %s""",  # noqa: S608
+                list({(p.topic, p.aggregate_id) for p in refused}),
+            )
+        self.load_parked_keys()

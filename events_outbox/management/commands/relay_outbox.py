@@ -1,0 +1,23 @@
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandParser
+
+from events_outbox.management.process import run_until_signalled
+from events_outbox.relay import Relay
+
+
+class Command(BaseCommand):
+    help = "Publish the outbox to Kafka. Run as many as you like: one leads, the others stand by."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--until-empty", action="store_true", help="return once nothing is pending")
+        parser.add_argument("--batch-size", type=int, help="events a batch (default: EVENTS_OUTBOX['BATCH_SIZE'])")
+        parser.add_argument("--metrics-port", type=int, default=0, help="serve /metrics and /livez here (default: off)")
+
+    def handle(self, **options: Any) -> None:
+        run_until_signalled(
+            "relay",
+            options["metrics_port"],
+            lambda tick: Relay(batch_size=options["batch_size"], on_tick=tick),
+            until_empty=options["until_empty"],
+        )

@@ -1,0 +1,22 @@
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+
+from events_outbox.replay import replay_unhandled
+
+
+class Command(BaseCommand):
+    help = "Publish events again that the relay has published already, with the same ids."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument(
+            "--unhandled",
+            action="store_true",
+            help="those that some consumer has not handled: for a broker that lost its records",
+        )
+
+    def handle(self, **options: Any) -> None:
+        if not options["unhandled"]:
+            raise CommandError("say what to publish again: --unhandled")
+        count = replay_unhandled()
+        self.stdout.write(f"published {count} unhandled events again")

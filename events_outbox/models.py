@@ -1,0 +1,225 @@
+"""Tables of the outbox and of the consumers, and the questions asked of them as QuerySet verbs."""
+
+import uuid
+from base64 import b64decode
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from django.db import connection, models
+from django.db.models import F, Func, Q, Value
+from django.db.models.functions import Now
+
+from .fields import PgSnapshot, PgSnapshotField, Xid8Field, nothing_seen
+
+
+def visible_in(snapshot: PgSnapshot) -> Func:
+    """The condition that a row's transaction had committed when `snapshot` was taken."""
+    return Func(
+        F("transaction_id"),
+        Value(str(snapshot)),
+        function="pg_visible_in_snapshot",
+        output_field=models.BooleanField(),
+    )
+
+
+class RelayCursor(models.Model):
+    """How far the relay has published: one row, moved only by the leader on the session that holds the lock."""
+
+    id = models.PositiveSmallIntegerField(primary_key=True, default=1)
+    published = PgSnapshotField(
+        default=nothing_seen, help_text="Every event whose transaction this snapshot sees is published (or parked)."
+    )
+    window = PgSnapshotField(null=True, help_text="Snapshot of the window being published, if one is in progress.")
+    window_last_id = models.BigIntegerField(default=0, help_text="Last event id of the window that is published.")
+    system_identifier = models.BigIntegerField(
+        null=True, help_text="The PostgreSQL cluster that the snapshots' transaction ids belong to."
+    )
+    leader = models.CharField(max_length=255, default="", help_text="host:pid of the relay that leads or led last.")
+    leader_since = models.DateTimeField(null=True)
+    heartbeat_at = models.DateTimeField(null=True, help_text="When the leader last said that it works.")
+    last_error = models.TextField(default="", help_text="What the leader is waiting for; empty when all is well.")
+
+    class Meta:
+        verbose_name = "relay cursor"
+        constraints = [models.CheckConstraint(condition=Q(id=1), name="relay_cursor_is_one_row")]
+
+    def __str__(self) -> str:
+        return f"published {self.published}"
+
+    @classmethod
+    def read(cls) -> "RelayCursor":
+        """Return the cursor, or the one a first relay would start from. Writes nothing."""
+        return cls.objects.filter(id=1).first() or cls()
+
+    def has_published(self, event: "OutboxEvent") -> bool:
+        """Whether the relay is past this event: it was published, or parked as undeliverable."""
+        in_window = self.window is not None and self.window.sees(event.transaction_id)
+        return self.published.sees(event.transaction_id) or (in_window and event.id <= self.window_last_id)
+
+
+class OutboxEventQuerySet(models.QuerySet["OutboxEvent"]):
+    def pending(self, cursor: RelayCursor) -> "OutboxEventQuerySet":
+        """Committed events that the relay has not come to yet.
+
+        The snapshot is taken apart into constants so that the index on (transaction_id, id) serves it.
+        """
+        lo = cursor.published
+        pending = self.filter(Q(transaction_id__gte=lo.xmax) | Q(transaction_id__in=sorted(lo.xip)))
+        if cursor.window is not None:
+            pending = pending.exclude(Q(visible_in(cursor.window)) & Q(id__lte=cursor.window_last_id))
+        return pending
+
+    def past(self, cursor: RelayCursor) -> "OutboxEventQuerySet":
+        """Events that the relay has published or parked."""
+        past = Q(visible_in(cursor.published))
+        if cursor.window is not None:
+            past |= Q(visible_in(cursor.window)) & Q(id__lte=cursor.window_last_id)
+        return self.filter(past)
+
+
+class OutboxEvent(models.Model):
+    """An event, inserted in the transaction of the business write. Rows are never updated.
+
+    Its status is derived from the relay's cursor: see `RelayCursor.has_published()`.
+    """
+
+    id = models.BigAutoField(primary_key=True)
+    transaction_id = Xid8Field(
+        editable=False, db_default=Func(function="pg_current_xact_id", output_field=Xid8Field())
+    )
+    event_id = models.UUIDField(unique=True)
+    event_type = models.CharField(max_length=128)
+    event_version = models.CharField(max_length=16)
+    aggregate_id = models.CharField(max_length=255, db_index=True)
+    tenant_id = models.CharField(max_length=255)
+    topic = models.CharField(max_length=249)
+    correlation_id = models.CharField(max_length=255, db_index=True)
+    traceparent = models.CharField(max_length=55, default="")
+    tracestate = models.CharField(max_length=512, default="")
+    baggage = models.TextField(default="")
+    created_at = models.DateTimeField(db_default=Now())
+    value = models.BinaryField(help_text="The serialised BaseEvent: exactly the bytes of the Kafka record.")
+
+    objects: ClassVar[Any] = OutboxEventQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "event"
+        ordering = ["-id"]
+        indexes = [models.Index(fields=["transaction_id", "id"], name="outbox_window")]
+
+    def __str__(self) -> str:
+        return f"{self.event_type} {self.event_id}"
+
+
+class UndeliverableEvent(models.Model):
+    """An event that the broker refused for good, or a later one of its key that waits behind it.
+
+    `id` is the order in which the relay came to them, and so the order of a redrive.
+    """
+
+    event = models.OneToOneField(OutboxEvent, on_delete=models.PROTECT, related_name="undeliverable")
+    topic = models.CharField(max_length=249)
+    aggregate_id = models.CharField(max_length=255)
+    reason = models.CharField(max_length=64, help_text='Kafka error name, or "behind" for a follower of the same key.')
+    error = models.TextField()
+    parked_at = models.DateTimeField(db_default=Now())
+    redrive_requested_at = models.DateTimeField(null=True, help_text="Set by an operator; the leader redrives it.")
+
+    class Meta:
+        verbose_name = "undeliverable event"
+        ordering = ["-id"]
+        indexes = [models.Index(fields=["topic", "aggregate_id"], name="undeliverable_key")]
+
+    def __str__(self) -> str:
+        return f"{self.event_id} {self.reason}"
+
+
+class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
+    def mark(self, consumer: str, event_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+        """Insert the marks in one statement and return the ids that had none yet.
+
+        ON CONFLICT settles the race with another member of the group that handles the same event: it waits for that
+        transaction and takes the id only if it rolled back.
+        """
+        with connection.cursor() as cursor:
+            cursor.execute(
+                """INSERT INTO events_outbox_processedevent (consumer, event_id)
+                   SELECT %s, unnest(%s::uuid[]) ON CONFLICT DO NOTHING RETURNING event_id""",
+                [consumer, list(event_ids)],
+            )
+            return {row[0] for row in cursor.fetchall()}
+
+
+class ProcessedEvent(models.Model):
+    """The mark that a consumer is done with an event, in the transaction of the handler's effects."""
+
+    id = models.BigAutoField(primary_key=True)
+    consumer = models.CharField(max_length=100)
+    event_id = models.UUIDField()
+    processed_at = models.DateTimeField(db_default=Now())
+
+    objects: ClassVar[Any] = ProcessedEventQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "processed event"
+        ordering = ["-id"]
+        constraints = [models.UniqueConstraint(fields=["consumer", "event_id"], name="processed_once")]
+
+    def __str__(self) -> str:
+        return f"{self.consumer} {self.event_id}"
+
+
+class DeadLetterQuerySet(models.QuerySet["DeadLetter"]):
+    def open(self) -> "DeadLetterQuerySet":
+        """Dead letters that nobody has replayed or discarded."""
+        return self.filter(resolution="")
+
+
+class DeadLetter(models.Model):
+    """A record that a consumer could not handle, kept whole so that it can be replayed."""
+
+    class Reason(models.TextChoices):
+        UNPARSABLE = "unparsable", "not a BaseEvent"
+        UNKNOWN_TYPE = "unknown_type", "event type and version not in the catalog"
+        PAYLOAD_MISMATCH = "payload_mismatch", "payload is not the catalog's message"
+        PERMANENT = "permanent", "the handler said that retrying is useless"
+        FAILED = "failed", "out of retries"
+        BEHIND = "behind", "parked behind an earlier dead letter of its key"
+
+    class Resolution(models.TextChoices):
+        OPEN = "", "open"
+        REPLAYED = "replayed", "replayed"
+        DISCARDED = "discarded", "discarded"
+
+    consumer = models.CharField(max_length=100)
+    event_id = models.UUIDField(help_text="For a record that is no event: an id made from its place and bytes.")
+    event_type = models.CharField(max_length=128, blank=True)
+    tenant_id = models.CharField(max_length=255, blank=True)
+    topic = models.CharField(max_length=249)
+    partition = models.IntegerField()
+    offset = models.BigIntegerField()
+    key = models.BinaryField(null=True)
+    value = models.BinaryField(null=True, help_text="The raw bytes of the record; null for a record without value.")
+    headers = models.JSONField(default=list, help_text="Pairs of name and base64 of the value, in order.")
+    reason = models.CharField(max_length=20, choices=Reason.choices)
+    error = models.TextField()
+    traceback = models.TextField(blank=True)
+    attempts = models.PositiveIntegerField(default=1)
+    created_at = models.DateTimeField(db_default=Now())
+    resolution = models.CharField(max_length=10, choices=Resolution.choices, default="", blank=True)
+    resolved_at = models.DateTimeField(null=True, blank=True)
+
+    objects: ClassVar[Any] = DeadLetterQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "dead letter"
+        ordering = ["-id"]
+        constraints = [models.UniqueConstraint(fields=["consumer", "event_id"], name="dead_letter_once")]
+        indexes = [models.Index(fields=["consumer", "topic", "key"], condition=Q(resolution=""), name="open_dead_letters")]
+
+    def __str__(self) -> str:
+        return f"{self.consumer} {self.event_id} {self.reason}"
+
+    def text_headers(self) -> list[tuple[str, str]]:
+        """The record's headers, readable: bytes that are no text are escaped."""
+        return [(name, b64decode(value).decode(errors="backslashreplace")) for name, value in self.headers]

@@ -1,0 +1,141 @@
+"""A Kafka record of an event: what the relay writes and what a consumer reads."""
+
+import hashlib
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC
+
+from google.protobuf.message import DecodeError, Message
+
+from .catalog import event_type_for
+from .exceptions import UnknownEventType
+from .handlers import Event, Handler
+from .models import DeadLetter
+from .proto.base_event_pb2 import BaseEvent
+
+CONTENT_TYPE = f"application/x-protobuf; messageType={BaseEvent.DESCRIPTOR.full_name}"
+HEADER_FIELDS = (
+    "event_type",
+    "tenant_id",
+    "correlation_id",
+    "event_id",
+    "event_version",
+    "traceparent",
+    "tracestate",
+    "baggage",
+)
+"""Columns of the outbox that become headers of the same name; an empty one is left out."""
+
+_NO_EVENT = uuid.UUID("5b6a1a04-3f0c-5d52-9d7e-0d1c7f2a9d11")
+
+
+def headers_for(fields: Iterable[object]) -> list[tuple[str, bytes]]:
+    """The record's headers, from the values of HEADER_FIELDS (specification, Publish: headers; plus ours)."""
+    headers = [(name, str(value).encode()) for name, value in zip(HEADER_FIELDS, fields, strict=True) if value]
+    headers.append(("content-type", CONTENT_TYPE.encode()))
+    return headers
+
+
+class UnreadableRecord(Exception):
+    """A record that is no event this process can read. `reason` is a `DeadLetter.Reason`."""
+
+    def __init__(self, reason: DeadLetter.Reason, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """A consumed record, whole: what a dead letter keeps."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes]] = field(default_factory=list)
+    timestamp_ms: int = -1
+
+    def placeholder_id(self) -> uuid.UUID:
+        """An id for a record that has no readable event id: the same record always gives the same one."""
+        digest = hashlib.sha256(self.value or b"").hexdigest()
+        return uuid.uuid5(_NO_EVENT, f"{self.topic}/{self.partition}/{self.offset}/{self.timestamp_ms}/{digest}")
+
+    def text_headers(self) -> dict[str, str]:
+        return {name: value.decode("latin-1") for name, value in self.headers}
+
+    def envelope(self) -> BaseEvent:
+        """Parse the value. Raises UnreadableRecord (unparsable) unless it is a BaseEvent with an event id."""
+        if not self.value:
+            raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, "the record has no value")
+        try:
+            base = BaseEvent.FromString(self.value)
+            uuid.UUID(base.event_id)
+        except (DecodeError, ValueError) as error:
+            raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"not a BaseEvent: {error}") from None
+        return base
+
+    def event(self, base: BaseEvent) -> Event:
+        """The event with its typed payload.
+
+        Raises UnreadableRecord when the catalog has no such type (unknown_type), or when the payload is another
+        message or damaged (payload_mismatch).
+        """
+        try:
+            entry = event_type_for(base.event_type, base.event_version)
+        except UnknownEventType as error:
+            raise UnreadableRecord(DeadLetter.Reason.UNKNOWN_TYPE, str(error)) from None
+        try:
+            timestamp = base.timestamp.ToDatetime(tzinfo=UTC)
+        except (ValueError, OverflowError) as error:
+            raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {error}") from None
+        return Event(
+            event_id=uuid.UUID(base.event_id),
+            event_type=base.event_type,
+            event_version=base.event_version,
+            aggregate_id=base.aggregate_id,
+            tenant_id=base.tenant_id,
+            user_id=base.user_id,
+            timestamp=timestamp,
+            payload=_payload(base, entry.payload),
+            metadata=dict(base.metadata),
+            correlation_id=base.correlation_id,
+            causation_id=base.causation_id,
+            headers=self.text_headers(),
+            topic=self.topic,
+            partition=self.partition,
+            offset=self.offset,
+        )
+
+
+def _payload(base: BaseEvent, expected: type[Message]) -> Message:
+    name = base.payload.type_url.rpartition("/")[2]
+    if name != expected.DESCRIPTOR.full_name:
+        raise UnreadableRecord(
+            DeadLetter.Reason.PAYLOAD_MISMATCH,
+            f"{base.event_type} {base.event_version} carries {name or 'no payload'}, "
+            f"not {expected.DESCRIPTOR.full_name}",
+        )
+    try:
+        return expected.FromString(base.payload.value)
+    except DecodeError as error:
+        raise UnreadableRecord(DeadLetter.Reason.PAYLOAD_MISMATCH, f"damaged {name}: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A record that a consumer has to do something about: handle its event, or keep it as a dead letter."""
+
+    record: Record
+    event_id: uuid.UUID
+    event: Event | None = None
+    handler: Handler | None = None
+    unreadable: UnreadableRecord | None = None
+    event_type: str = ""
+    tenant_id: str = ""
+
+
+def trace_carrier(headers: Mapping[str, str]) -> dict[str, str]:
+    """The trace context among the headers."""
+    return {name: headers[name] for name in ("traceparent", "tracestate", "baggage") if name in headers}

@@ -1,0 +1,136 @@
+"""Settings of VoiceHelper. Every value an operator may change comes from the environment: see README, Settings."""
+
+import os
+from typing import Any
+
+import dj_database_url
+
+from voicehelper.services import BASE_DIR, find_services
+
+ENVIRONMENT = os.environ.get("VOICEHELPER_ENV", "dev")  # dev | staging | prod
+IS_DEV = ENVIRONMENT == "dev"
+DEBUG = False
+
+SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY", "dev-only-" + "x" * 50 if IS_DEV else "")
+ALLOWED_HOSTS = os.environ.get("DJANGO_ALLOWED_HOSTS", "127.0.0.1,localhost,[::1]" if IS_DEV else "").split(",")
+CSRF_TRUSTED_ORIGINS = [origin for origin in os.environ.get("DJANGO_CSRF_TRUSTED_ORIGINS", "").split(",") if origin]
+if not IS_DEV:
+    SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
+    SECURE_SSL_REDIRECT = True
+    # Probes and scrapers speak plain HTTP inside the cluster.
+    SECURE_REDIRECT_EXEMPT = [r"^health$", r"^livez$", r"^readyz$", r"^metrics$"]
+    SECURE_HSTS_SECONDS = 31_536_000
+    SECURE_HSTS_INCLUDE_SUBDOMAINS = True
+    SECURE_HSTS_PRELOAD = True
+    SESSION_COOKIE_SECURE = True
+    CSRF_COOKIE_SECURE = True
+
+INSTALLED_APPS = [
+    "django.contrib.admin",
+    "django.contrib.auth",
+    "django.contrib.contenttypes",
+    "django.contrib.sessions",
+    "django.contrib.messages",
+    "django.contrib.staticfiles",
+    "rest_framework",
+    "rest_framework.authtoken",
+    "django_prometheus",
+    "monitoring",
+    "events_outbox",
+    "voicehelper",
+    "voicehelper.identity",
+    "voicehelper.conversations",
+    "voicehelper.knowledge",
+    "voicehelper.notifications",
+    "voicehelper.analytics",
+    "voicehelper.audit",
+]
+
+MIDDLEWARE = [
+    "monitoring.middleware.MonitoringMiddleware",
+    "django.middleware.security.SecurityMiddleware",
+    "whitenoise.middleware.WhiteNoiseMiddleware",
+    "django.contrib.sessions.middleware.SessionMiddleware",
+    "django.middleware.common.CommonMiddleware",
+    "django.middleware.csrf.CsrfViewMiddleware",
+    "django.contrib.auth.middleware.AuthenticationMiddleware",
+    "django.contrib.messages.middleware.MessageMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+]
+
+ROOT_URLCONF = "voicehelper.urls"
+WSGI_APPLICATION = "voicehelper.wsgi.application"
+TEMPLATES = [
+    {
+        "BACKEND": "django.template.backends.django.DjangoTemplates",
+        "APP_DIRS": True,
+        "OPTIONS": {
+            "context_processors": [
+                "django.template.context_processors.request",
+                "django.contrib.auth.context_processors.auth",
+                "django.contrib.messages.context_processors.messages",
+            ],
+        },
+    },
+]
+
+SERVICES = find_services()
+DATABASES: dict[str, Any] = {
+    "default": dj_database_url.parse(
+        SERVICES.database_url or "postgresql://localhost/voicehelper",
+        conn_max_age=int(os.environ.get("DATABASE_CONN_MAX_AGE_SECONDS", "60")),
+        conn_health_checks=True,
+    )
+}
+DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+AUTH_USER_MODEL = "identity.User"
+AUTH_PASSWORD_VALIDATORS = [
+    {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
+    {"NAME": "django.contrib.auth.password_validation.MinimumLengthValidator"},
+    {"NAME": "django.contrib.auth.password_validation.CommonPasswordValidator"},
+    {"NAME": "django.contrib.auth.password_validation.NumericPasswordValidator"},
+]
+
+LANGUAGE_CODE = "en-us"
+TIME_ZONE = "UTC"
+USE_TZ = True
+
+STATIC_URL = "static/"
+STATIC_ROOT = BASE_DIR / "staticfiles"
+WHITENOISE_USE_FINDERS = IS_DEV
+WHITENOISE_AUTOREFRESH = False
+
+REST_FRAMEWORK = {
+    "DEFAULT_AUTHENTICATION_CLASSES": [
+        "rest_framework.authentication.TokenAuthentication",
+        "rest_framework.authentication.SessionAuthentication",
+    ],
+    "DEFAULT_PERMISSION_CLASSES": ["voicehelper.identity.permissions.IsTenantMember"],
+    "DEFAULT_PAGINATION_CLASS": "voicehelper.pagination.NewestFirst",
+    "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
+    "DEFAULT_PARSER_CLASSES": ["voicehelper.parsers.JSONParser"],
+    "EXCEPTION_HANDLER": "voicehelper.problems.problem_response",
+    "PAGE_SIZE": 50,
+}
+
+EVENTS_OUTBOX: dict[str, Any] = {
+    "KAFKA": {"bootstrap.servers": SERVICES.kafka_bootstrap_servers},
+    "KAFKA_IS_EMBEDDED": SERVICES.kafka_is_embedded,
+    "ACKS": os.environ.get("KAFKA_ACKS", "all"),
+    "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
+}
+
+OTLP_ENDPOINT = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
+MONITORING: dict[str, Any] = {
+    "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),
+    "SERVICE_VERSION": os.environ.get("VOICEHELPER_VERSION", "0.1.0"),
+    "ENVIRONMENT": ENVIRONMENT,
+    "LOG_FORMAT": os.environ.get("LOG_FORMAT", "json"),  # json | text
+    "LOG_LEVEL": os.environ.get("LOG_LEVEL", "INFO"),
+    "OTLP_ENDPOINT": OTLP_ENDPOINT,  # host:port or URL
+    "TRACING_ENABLED": os.environ.get("TRACING_ENABLED", str(bool(OTLP_ENDPOINT))).lower() == "true",
+    "SAMPLING_RATE": float(os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1.0" if IS_DEV else "0.1")),  # share
+}
+# monitoring configures logging itself (one line format for web, relay and consumers).
+LOGGING_CONFIG = None
