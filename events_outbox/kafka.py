@@ -1,5 +1,6 @@
 """Clients, settings and topics: the only import of confluent_kafka."""
 
+import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from django.core.exceptions import ImproperlyConfigured
 from .catalog import topics
 from .conf import outbox_settings
 
+logger = logging.getLogger("librdkafka")
 NO_KAFKA_HINT = "run `make up` in another terminal, or set KAFKA_BOOTSTRAP_SERVERS"
 Client = TypeVar("Client", Producer, Consumer)
 
@@ -104,7 +106,7 @@ def _make(client: type[Client], settings: dict[str, Any]) -> Client:
     if not settings.get("bootstrap.servers"):
         raise ImproperlyConfigured('EVENTS_OUTBOX["KAFKA"] has no "bootstrap.servers": ' + NO_KAFKA_HINT)
     try:
-        return client(settings)
+        return client(settings, logger=logger)
     except KafkaException as error:
         raise ImproperlyConfigured(f"librdkafka refuses the Kafka settings: {error.args[0].str()}") from None
 

@@ -1,0 +1,306 @@
+"""The relay: bytes, order, resume, outage, undeliverable events, failover, another database cluster."""
+
+import random
+import time
+from collections import defaultdict
+
+import psycopg
+import pytest
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management import call_command
+from django.db import connection, transaction
+
+from events_outbox import emit_event
+from events_outbox.leader import APPLICATION_NAME, Leader, open_session
+from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
+from events_outbox.proto.base_event_pb2 import BaseEvent
+from events_outbox.relay import Relay
+from events_outbox.status import read_status
+from tests.events_outbox.conftest import eventually, in_thread
+from tests.events_outbox.test_window import Ledger, aggregates, judge, writers  # noqa: F401
+from tests.topics import TopicReader
+from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+def numbers_by_key(messages):
+    """Per key, the numbers of its events in the order of the topic; an event that comes again counts once."""
+    numbers, seen = defaultdict(list), set()
+    for message in messages:
+        base = BaseEvent.FromString(message.value())
+        if base.event_id not in seen:
+            seen.add(base.event_id)
+            numbers[message.key().decode()].append(int(base.metadata["number"]))
+    return numbers
+
+
+def publish():
+    Relay().run(until_empty=True)
+
+
+def kafka_settings(settings, **changes):
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, **changes}
+
+
+@pytest.fixture
+def no_topic_to_wait_for(settings):
+    """Believe the broker at once that a topic is not there, rather than after 30 seconds."""
+    kafka_settings(settings, KAFKA_PRODUCER={"topic.metadata.propagation.max.ms": 500})
+
+
+def test_a_record_is_the_row(emit, topic_reader):
+    row = emit("c1", correlation_id="corr-1")
+    publish()
+    (message,) = topic_reader.read(1)
+    assert message.value() == bytes(row.value)
+    assert message.topic() == row.topic == "conversation.events"
+    assert message.key() == b"c1"
+    assert dict(message.headers()) == {
+        "event_type": b"conversation.created",
+        "tenant_id": b"t1",
+        "correlation_id": b"corr-1",
+        "event_id": str(row.event_id).encode(),
+        "event_version": b"v1",
+        "content-type": b"application/x-protobuf; messageType=voicehelper.events.v1.BaseEvent",
+    }
+    assert read_status().pending == 0
+
+
+def test_publishing_touches_no_event_row(emit, kafka):
+    for number in range(20):
+        emit("c1", number)
+    sql = "SELECT id, xmin::text, ctid::text FROM events_outbox_outboxevent ORDER BY id"
+    with connection.cursor() as cursor:
+        cursor.execute(sql)
+        before = cursor.fetchall()
+        publish()
+        cursor.execute(sql)
+        assert cursor.fetchall() == before
+
+
+def test_events_of_a_key_share_a_partition_and_keep_their_order(emit, topic_reader):
+    for number in range(30):
+        emit(f"c{number % 3}", number)
+    publish()
+    messages = topic_reader.read(30)
+    assert numbers_by_key(messages) == {f"c{k}": list(range(k, 30, 3)) for k in range(3)}
+    assert len({(m.key(), m.partition()) for m in messages}) == 3
+
+
+def test_a_relay_stopped_inside_a_window_goes_on_there(emit, topic_reader):
+    for number in range(10):
+        emit("c1", number)
+    with open_session() as session:
+        leader = Leader(session)
+        assert leader.try_lead()
+        relay = Relay(batch_size=3)
+        relay.stop()
+        assert relay.publish_window(leader) == 3
+    cursor = RelayCursor.read()
+    assert cursor.window is not None
+    assert read_status().pending == 7
+    statuses = [cursor.has_published(event) for event in OutboxEvent.objects.order_by("id")]
+    assert statuses == [True] * 3 + [False] * 7
+    emit("c1", 10)  # of the next window
+    publish()
+    assert numbers_by_key(topic_reader.read(11)) == {"c1": list(range(11))}
+    assert len(topic_reader.read_rest()) == 11
+    assert RelayCursor.read().window is None
+
+
+def test_nothing_missed_through_the_relay_under_concurrent_writers(topic_reader, aggregates):  # noqa: F811
+    ledger, seed = Ledger(), random.randrange(10**9)
+    with in_thread(Relay(batch_size=50)), writers(ledger, seed):
+        eventually(lambda: ledger.count() > 1500, 60)
+    publish()
+    ids = dict(OutboxEvent.objects.values_list("event_id", "id"))
+    published = [BaseEvent.FromString(m.value()).event_id for m in topic_reader.read_rest()]
+    by_text = {str(event_id): id_ for event_id, id_ in ids.items()}
+    assert judge([by_text[event_id] for event_id in published], ledger).total == 0, f"seed {seed}"
+
+
+def test_an_outage_is_waited_out_and_said(emit, topic_reader, kafka):
+    relay = Relay()
+    with in_thread(relay):
+        emit("c1", 0)
+        topic_reader.read(1)
+        kafka.pause()
+        for number in range(1, 50):
+            emit("c1", number)  # the business goes on
+        eventually(lambda: RelayCursor.read().last_error)
+        status = read_status()
+        assert status.pending == 49 and status.leader and status.heartbeat_age_seconds < 5
+        kafka.resume()
+        eventually(lambda: read_status().pending == 0)
+        eventually(lambda: not RelayCursor.read().last_error)
+    assert numbers_by_key(topic_reader.read_rest()) == {"c1": list(range(50))}
+    assert not UndeliverableEvent.objects.exists()
+
+
+def test_a_relay_stopped_during_an_outage_stops_and_loses_nothing(emit, topic_reader, kafka):
+    with in_thread(Relay()) as thread:
+        emit("c1", 0)
+        topic_reader.read(1)
+        kafka.pause()
+        emit("c1", 1)
+        eventually(lambda: RelayCursor.read().last_error)
+    assert not thread.is_alive()
+    assert read_status().pending == 1
+    kafka.resume()
+    publish()
+    assert numbers_by_key(topic_reader.read_rest()) == {"c1": [0, 1]}
+
+
+def test_a_record_too_large_is_parked_with_its_key_and_redriven_in_order(emit, topic_reader, settings):
+    emit("big", 0)
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "MAX_EVENT_BYTES": 2_000_000}
+    with transaction.atomic():
+        emit_event(
+            "conversation.created",
+            ConversationCreatedPayload(title="x" * 1_100_000),
+            aggregate_id="big",
+            tenant_id="t1",
+            metadata={"number": "1"},
+        )
+    emit("big", 2)
+    emit("small", 0)
+    publish()
+    emit("big", 3)
+    publish()
+    assert numbers_by_key(topic_reader.read(2)) == {"big": [0], "small": [0]}
+    parked = UndeliverableEvent.objects.order_by("id")
+    assert [(p.aggregate_id, p.reason) for p in parked] == [
+        ("big", "MSG_SIZE_TOO_LARGE"),
+        ("big", "behind"),
+        ("big", "behind"),
+    ]
+    assert read_status().pending == 0 and read_status().undeliverable == 3
+
+    parked.update(redrive_requested_at="2026-01-01T00:00:00Z")
+    publish()
+    assert UndeliverableEvent.objects.count() == 3  # refused again, and nothing overtook it
+    assert not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists()
+
+    # The record compresses well: the broker's own limit is on what arrives there.
+    kafka_settings(settings, KAFKA_PRODUCER={"message.max.bytes": 2_000_000})
+    parked.update(redrive_requested_at="2026-01-01T00:00:00Z")
+    publish()
+    emit("big", 4)
+    publish()
+    assert numbers_by_key(topic_reader.read(6))["big"] == [0, 1, 2, 3, 4]
+    assert not UndeliverableEvent.objects.exists()
+
+
+@pytest.mark.apache_kafka
+def test_a_topic_that_is_not_there_parks_its_events_only(emit, topic_reader, settings, kafka, no_topic_to_wait_for):
+    settings.EVENTS_OUTBOX = {
+        **settings.EVENTS_OUTBOX,
+        "TOPICS": {"conversation": f"missing.{random.randrange(10**9)}.events"},
+    }
+    missing = settings.EVENTS_OUTBOX["TOPICS"]["conversation"]
+    for number in range(3):
+        emit("c1", number)
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "TOPICS": {"conversation": "conversation.events"}}
+    emit("c1", 3)
+    publish()
+    assert numbers_by_key(topic_reader.read(1)) == {"c1": [3]}  # another topic is another order
+    assert UndeliverableEvent.objects.filter(topic=missing).count() == 3
+
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "DEFAULT_TOPIC": missing}
+    call_command("create_topics")
+    UndeliverableEvent.objects.update(redrive_requested_at="2026-01-01T00:00:00Z")
+    eventually(lambda: (publish(), not UndeliverableEvent.objects.exists())[1])
+    reader = TopicReader(kafka.bootstrap_servers, [missing], from_start=True)
+    assert numbers_by_key(reader.read(3)) == {"c1": [0, 1, 2]}
+    reader.close()
+
+
+def test_a_standby_takes_over(emit, topic_reader):
+    first, second = Relay(), Relay()
+    with in_thread(second):
+        eventually(lambda: read_status().leader)
+        with in_thread(first):
+            eventually(lambda: read_status().standbys == 1)
+            emit("c1", 0)
+            second.stop()
+            emit("c1", 1)
+            assert numbers_by_key(topic_reader.read(2)) == {"c1": [0, 1]}
+            eventually(lambda: read_status().standbys == 0)
+            emit("c1", 2)
+            topic_reader.read(3)
+
+
+def test_a_relay_whose_session_is_killed_leads_again_by_itself(emit, topic_reader):
+    with in_thread(Relay()):
+        emit("c1", 0)
+        topic_reader.read(1)
+        with connection.cursor() as cursor:
+            cursor.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = %s", [APPLICATION_NAME]
+            )
+        emit("c1", 1)
+        assert numbers_by_key(topic_reader.read(2))["c1"] == [0, 1]
+
+
+def test_a_frozen_leader_loses_the_lead(settings):
+    kafka_settings(settings, LEADER_SESSION_TIMEOUT_SECONDS=1)
+    with open_session() as frozen:
+        assert Leader(frozen).try_lead()
+        with open_session() as standby:
+            started = time.monotonic()
+            leader = Leader(standby)
+            eventually(leader.try_lead, 10)
+            assert time.monotonic() - started > 0.5
+        with pytest.raises(psycopg.OperationalError):
+            frozen.execute("SELECT 1")
+
+
+def test_another_cluster_is_noticed_and_the_cursor_carried_over(emit, topic_reader):
+    """As after a restore: transaction ids of another cluster, half a window published, some events pending."""
+    for number in range(6):
+        emit("c1", number)
+    ids = list(OutboxEvent.objects.order_by("id").values_list("id", flat=True))
+    with connection.cursor() as cursor:
+        for id_, xid in zip(ids, (900, 901, 5_000_000, 5_000_001, 5_000_002, 6_000_000), strict=True):
+            cursor.execute(
+                "UPDATE events_outbox_outboxevent SET transaction_id = %s::text::xid8 WHERE id = %s", [str(xid), id_]
+            )
+        cursor.execute(
+            """INSERT INTO events_outbox_relaycursor (id, published, "window", window_last_id, system_identifier,
+                   leader, last_error) VALUES (1, '1000:1000:', '5999999:5999999:', %s, 42, '', '')""",
+            [ids[3]],
+        )
+    emit("c1", 6)  # written in the new cluster, with a small transaction id
+    publish()
+    assert numbers_by_key(topic_reader.read(3)) == {"c1": [4, 5, 6]}
+    assert len(topic_reader.read_rest()) == 3
+    assert read_status().pending == 0
+
+
+def test_unhandled_events_are_published_again(emit, topic_reader):
+    emit("c1", 0)
+    publish()
+    topic_reader.read(1)
+    call_command("replay_outbox", unhandled=True)
+    first, again = topic_reader.read(2)
+    assert first.value() == again.value()
+
+
+def test_acks_1_turns_idempotence_off_and_works(emit, topic_reader, settings):
+    kafka_settings(settings, ACKS="1")
+    emit("c1", 0)
+    publish()
+    assert len(topic_reader.read(1)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kafka", "says"),
+    [({}, "make up"), ({"bootstrap.servers": "x:1", "no.such.setting": "1"}, "no.such.setting")],
+)
+def test_wrong_kafka_settings_end_the_relay_with_a_clear_error(emit, settings, kafka, says):
+    kafka_settings(settings, KAFKA=kafka)
+    emit("c1", 0)
+    with pytest.raises(ImproperlyConfigured, match=says):
+        publish()
+
