@@ -117,6 +117,8 @@ REST_FRAMEWORK = {
 EVENTS_OUTBOX: dict[str, Any] = {
     "KAFKA": {"bootstrap.servers": SERVICES.kafka_bootstrap_servers},
     "KAFKA_IS_EMBEDDED": SERVICES.kafka_is_embedded,
+    # A consumer that died keeps its partitions for so long; a live one says so from a thread of its own.
+    "KAFKA_CONSUMER": {"session.timeout.ms": int(os.environ.get("KAFKA_SESSION_TIMEOUT_MS", "10000"))},
     "ACKS": os.environ.get("KAFKA_ACKS", "all"),
     "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
 }
