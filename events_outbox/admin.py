@@ -64,7 +64,8 @@ class ReadOnlyAdmin(admin.ModelAdmin):  # type: ignore[type-arg]
         return bool(request.user.has_perm(f"{self.opts.app_label}.change_{self.opts.model_name}"))
 
     def log(self, request: HttpRequest, obj: models.Model, text: str) -> None:
-        LogEntry.objects.log_actions(request.user.pk, [obj], CHANGE, change_message=text, single_object=True)
+        user_id = str(request.user.pk)
+        LogEntry.objects.log_actions(user_id, [obj], CHANGE, change_message=text, single_object=True)
 
 
 class ChoiceFilter(admin.SimpleListFilter):
@@ -125,7 +126,7 @@ class StatusFilter(admin.SimpleListFilter):
         return queryset
 
 
-def readable(value: bytes | None) -> str:
+def readable(value: bytes | memoryview | None) -> str:
     """A BaseEvent's bytes as JSON with the specification's field names, or as hex when they are none."""
     raw = bytes(value or b"")
     try:

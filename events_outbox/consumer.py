@@ -12,7 +12,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
 from monitoring import metrics
@@ -394,14 +394,14 @@ class ConsumerProcess:
 
 
 def _record(message: Message) -> Record:
-    headers = [(name, value or b"") for name, value in message.headers() or []]
+    # A consumed message has a place; only its type allows for one that has none.
     return Record(
-        topic=message.topic(),
-        partition=message.partition(),
-        offset=message.offset(),
+        topic=message.topic() or "",
+        partition=cast(int, message.partition()),
+        offset=cast(int, message.offset()),
         key=message.key(),
         value=message.value(),
-        headers=headers,
+        headers=cast("list[tuple[str, bytes | None]]", message.headers() or []),
         timestamp_ms=message.timestamp()[1],
     )
 

@@ -40,7 +40,7 @@ def keep(
         offset=record.offset,
         key=record.key,
         value=record.value,
-        headers=[[_storable(name), base64.b64encode(value).decode()] for name, value in record.headers],
+        headers=[[_storable(name), base64.b64encode(value or b"").decode()] for name, value in record.headers],
         reason=reason,
         error=_storable(error),
         traceback=_storable(traceback_text),
@@ -58,10 +58,15 @@ def parked_keys(consumer: Consumer, deliveries: Iterable[Delivery]) -> set[tuple
     if consumer.on_failure != "park_key":
         return set()
     keys = {(d.record.topic, d.record.key) for d in deliveries if d.record.key is not None}
+    if not keys:
+        return set()
     letters = DeadLetter.objects.open().filter(
         consumer=consumer.name, topic__in={topic for topic, _ in keys}, key__in=[key for _, key in keys]
     )
-    return {(topic, bytes(key)) for topic, key in letters.values_list("topic", "key")} & keys
+    parked: set[tuple[str, bytes | None]] = {
+        (letter.topic, bytes(letter.key or b"")) for letter in letters.only("topic", "key")
+    }
+    return parked & keys
 
 
 def replay(letter_id: int) -> None:

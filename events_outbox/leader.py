@@ -45,7 +45,7 @@ def open_session() -> psycopg.Connection[Any]:
     It ends by itself, and with it the lock, when the relay is frozen (no statement for the session timeout) or its
     host is lost (keepalives). Raises psycopg.OperationalError when the database is away.
     """
-    parameters = connections[DEFAULT_DB_ALIAS].get_connection_params()  # type: ignore[no-untyped-call]
+    parameters = connections[DEFAULT_DB_ALIAS].get_connection_params()
     for django_only in ("cursor_factory", "context", "pool"):
         parameters.pop(django_only, None)
     parameters |= {"autocommit": True, "application_name": APPLICATION_NAME, "connect_timeout": 5}
@@ -86,27 +86,28 @@ class Leader:
         execute = self.session.execute
         execute(
             f"""INSERT INTO {_CURSOR} (id, published, window_last_id, leader, last_error)
-                VALUES (1, %s, 0, '', '') ON CONFLICT DO NOTHING""",  # noqa: S608
+                VALUES (1, %s, 0, '', '') ON CONFLICT DO NOTHING""",
             [str(NOTHING_SEEN)],
         )
         execute(
-            f"UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now() WHERE id = 1",  # noqa: S608
+            f"UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now() WHERE id = 1",
             [f"{socket.gethostname()}:{os.getpid()}"],
         )
-        row = execute(
-            f'SELECT published::text, "window"::text, window_last_id, system_identifier FROM {_CURSOR}'  # noqa: S608
-        ).fetchone()
-        self.published = PgSnapshot.parse(row[0])
-        self.window = PgSnapshot.parse(row[1]) if row[1] else None
-        self.window_last_id = row[2]
-        cluster = execute("SELECT system_identifier FROM pg_control_system()").fetchone()[0]
-        if row[3] is not None and row[3] != cluster:
+        published, window, last_id, cursors_cluster, cluster = execute(
+            f"""SELECT c.published::text, c."window"::text, c.window_last_id, c.system_identifier,
+                       control.system_identifier
+                  FROM {_CURSOR} c, pg_control_system() control"""
+        ).fetchall()[0]
+        self.published = PgSnapshot.parse(published)
+        self.window = PgSnapshot.parse(window) if window else None
+        self.window_last_id = last_id
+        if cursors_cluster not in (None, cluster):
             self._rebase()
-        execute(f"UPDATE {_CURSOR} SET system_identifier = %s", [cluster])  # noqa: S608
+        execute(f"UPDATE {_CURSOR} SET system_identifier = %s", [cluster])
         self.load_parked_keys()
 
     def load_parked_keys(self) -> None:
-        rows = self.session.execute(f"SELECT DISTINCT topic, aggregate_id FROM {_UNDELIVERABLE}")  # noqa: S608
+        rows = self.session.execute(f"SELECT DISTINCT topic, aggregate_id FROM {_UNDELIVERABLE}")
         self.parked_keys = {(topic, aggregate_id) for topic, aggregate_id in rows}
 
     def _rebase(self) -> None:
@@ -125,7 +126,7 @@ class Leader:
                         WHEN pg_visible_in_snapshot(transaction_id, %(published)s::pg_snapshot) THEN '2'::xid8
                         WHEN %(window)s::text IS NOT NULL AND id <= %(last_id)s
                              AND pg_visible_in_snapshot(transaction_id, %(window)s::pg_snapshot) THEN '2'::xid8
-                        ELSE pg_current_xact_id() END""",  # noqa: S608
+                        ELSE pg_current_xact_id() END""",
                 {"published": str(self.published), "window": window, "last_id": self.window_last_id},
             )
             self.published, self.window, self.window_last_id = start, None, 0
@@ -141,7 +142,7 @@ class Leader:
             with self.session.transaction():
                 self.session.cursor().executemany(
                     f"""INSERT INTO {_UNDELIVERABLE} (event_id, topic, aggregate_id, reason, error)
-                        VALUES (%s, %s, %s, %s, %s) ON CONFLICT (event_id) DO NOTHING""",  # noqa: S608
+                        VALUES (%s, %s, %s, %s, %s) ON CONFLICT (event_id) DO NOTHING""",
                     [(p.event_id, p.topic, p.aggregate_id, p.reason, p.error) for p in parked],
                 )
                 self._save()
@@ -151,7 +152,7 @@ class Leader:
     def _save(self) -> None:
         self.session.execute(
             f"""UPDATE {_CURSOR} SET published = %s, "window" = %s, window_last_id = %s,
-                       heartbeat_at = now(), last_error = %s WHERE id = 1""",  # noqa: S608
+                       heartbeat_at = now(), last_error = %s WHERE id = 1""",
             [
                 str(self.published),
                 str(self.window) if self.window else None,
@@ -164,22 +165,22 @@ class Leader:
         """Return parked events that an operator wants published, as rows of a page, in the order of parking."""
         return self.session.execute(
             f"""SELECT {PAGE_COLUMNS} FROM {_UNDELIVERABLE} u JOIN {_OUTBOX} e ON e.id = u.event_id
-                 WHERE u.redrive_requested_at IS NOT NULL ORDER BY u.id LIMIT %s""",  # noqa: S608
+                 WHERE u.redrive_requested_at IS NOT NULL ORDER BY u.id LIMIT %s""",
             [limit],
         ).fetchall()
 
     def close_redrive(self, delivered_ids: Sequence[int], refused: Sequence[Parked]) -> None:
         """Forget what a redrive delivered; keep what was refused again parked, with its new error."""
         with self.session.transaction():
-            self.session.execute(f"DELETE FROM {_UNDELIVERABLE} WHERE event_id = ANY(%s)", [list(delivered_ids)])  # noqa: S608
+            self.session.execute(f"DELETE FROM {_UNDELIVERABLE} WHERE event_id = ANY(%s)", [list(delivered_ids)])
             self.session.cursor().executemany(
-                f"UPDATE {_UNDELIVERABLE} SET reason = %s, error = %s WHERE event_id = %s",  # noqa: S608
+                f"UPDATE {_UNDELIVERABLE} SET reason = %s, error = %s WHERE event_id = %s",
                 [(p.reason, p.error, p.event_id) for p in refused],
             )
             # The rest of a key that was refused waits behind it again.
             self.session.cursor().executemany(
                 f"""UPDATE {_UNDELIVERABLE} SET redrive_requested_at = NULL
-                     WHERE topic = %s AND aggregate_id = %s""",  # noqa: S608
+                     WHERE topic = %s AND aggregate_id = %s""",
                 list({(p.topic, p.aggregate_id) for p in refused}),
             )
         self.load_parked_keys()

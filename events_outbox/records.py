@@ -30,9 +30,11 @@ HEADER_FIELDS = (
 _NO_EVENT = uuid.UUID("5b6a1a04-3f0c-5d52-9d7e-0d1c7f2a9d11")
 
 
-def headers_for(fields: Iterable[object]) -> list[tuple[str, bytes]]:
+def headers_for(fields: Iterable[object]) -> list[tuple[str, str | bytes | None]]:
     """The record's headers, from the values of HEADER_FIELDS (specification, Publish: headers; plus ours)."""
-    headers = [(name, str(value).encode()) for name, value in zip(HEADER_FIELDS, fields, strict=True) if value]
+    headers: list[tuple[str, str | bytes | None]] = [
+        (name, str(value).encode()) for name, value in zip(HEADER_FIELDS, fields, strict=True) if value
+    ]
     headers.append(("content-type", CONTENT_TYPE.encode()))
     return headers
 
@@ -54,7 +56,7 @@ class Record:
     offset: int
     key: bytes | None
     value: bytes | None
-    headers: list[tuple[str, bytes]] = field(default_factory=list)
+    headers: list[tuple[str, bytes | None]] = field(default_factory=list)
     timestamp_ms: int = -1
 
     def placeholder_id(self) -> uuid.UUID:
@@ -63,7 +65,7 @@ class Record:
         return uuid.uuid5(_NO_EVENT, f"{self.topic}/{self.partition}/{self.offset}/{self.timestamp_ms}/{digest}")
 
     def text_headers(self) -> dict[str, str]:
-        return {name: value.decode("latin-1") for name, value in self.headers}
+        return {name: (value or b"").decode("latin-1") for name, value in self.headers}
 
     def envelope(self) -> BaseEvent:
         """Parse the value. Raises UnreadableRecord (unparsable) unless it is a BaseEvent with an event id."""

@@ -34,16 +34,16 @@ WINDOW_IDS_SQL = f"""
        AND pg_visible_in_snapshot(transaction_id, %(hi)s::pg_snapshot)
        AND id > %(after_id)s
      ORDER BY id
-"""  # noqa: S608  (a constant table name)
+"""
 
 PAGE_COLUMNS = ", ".join(f"e.{column}" for column in ("id", "topic", "aggregate_id", "value", *HEADER_FIELDS))
-PAGE_SQL = f"SELECT {PAGE_COLUMNS} FROM {_OUTBOX} e WHERE e.id = ANY(%s) ORDER BY e.id"  # noqa: S608
+PAGE_SQL = f"SELECT {PAGE_COLUMNS} FROM {_OUTBOX} e WHERE e.id = ANY(%s) ORDER BY e.id"
 
 
 def take_snapshot(connection: psycopg.Connection[Any]) -> PgSnapshot:
     """Take a snapshot now: what it sees is committed and stays visible to every later statement."""
-    row = connection.execute("SELECT pg_current_snapshot()::text").fetchone()
-    return PgSnapshot.parse(row[0])
+    (text,) = connection.execute("SELECT pg_current_snapshot()::text").fetchall()[0]
+    return PgSnapshot.parse(text)
 
 
 def window_ids(

@@ -97,7 +97,8 @@ TIME_ZONE = "UTC"
 USE_TZ = True
 
 STATIC_URL = "static/"
-STATIC_ROOT = BASE_DIR / "staticfiles"
+# In development the files are served from the apps; elsewhere `collectstatic` puts them here.
+STATIC_ROOT = None if IS_DEV else BASE_DIR / "staticfiles"
 WHITENOISE_USE_FINDERS = IS_DEV
 WHITENOISE_AUTOREFRESH = False
 
