@@ -1,0 +1,102 @@
+"""People, their API clients, and the events in the outbox.
+
+alice is an admin of the tenant Demo and may use the admin site, bob is a member of it, charlie is an admin of
+the tenant Other.
+"""
+
+from collections.abc import Callable
+
+import pytest
+from rest_framework.authtoken.models import Token
+from rest_framework.test import APIClient
+
+from events_outbox import Event
+from events_outbox.consumer import ConsumerProcess
+from events_outbox.handlers import consumer_named
+from events_outbox.models import OutboxEvent
+from events_outbox.records import Record
+from voicehelper.identity.models import Tenant, User
+from voicehelper.identity.services import create_tenant, register_user
+
+PASSWORD = "correct horse battery staple"
+
+
+@pytest.fixture(autouse=True)
+def quick_passwords(settings):
+    settings.PASSWORD_HASHERS = ["django.contrib.auth.hashers.MD5PasswordHasher"]
+
+
+@pytest.fixture
+def tenant(db) -> Tenant:
+    return create_tenant(name="Demo")
+
+
+@pytest.fixture
+def alice(tenant) -> User:
+    user = register_user(tenant=tenant, username="alice", password=PASSWORD, role=User.Role.ADMIN)
+    user.is_staff = user.is_superuser = True
+    user.save()
+    return user
+
+
+@pytest.fixture
+def bob(tenant) -> User:
+    return register_user(tenant=tenant, username="bob", password=PASSWORD)
+
+
+@pytest.fixture
+def charlie(db) -> User:
+    other = create_tenant(name="Other")
+    return register_user(tenant=other, username="charlie", password=PASSWORD, role=User.Role.ADMIN)
+
+
+@pytest.fixture
+def api() -> Callable[[User], APIClient]:
+    """A client that is logged in with the user's token."""
+
+    def log_in(user: User) -> APIClient:
+        token, _ = Token.objects.get_or_create(user=user)
+        client = APIClient(raise_request_exception=False)
+        client.credentials(HTTP_AUTHORIZATION=f"Token {token.key}")
+        return client
+
+    return log_in
+
+
+def published_records() -> list[Record]:
+    """The records that the relay would have published by now, in order."""
+    return [
+        Record(
+            topic=row.topic, partition=0, offset=row.id, key=row.aggregate_id.encode(), value=bytes(row.value)
+        )
+        for row in OutboxEvent.objects.order_by("id")
+    ]
+
+
+def consume(consumer: str) -> None:
+    """Have a consumer handle all that is in the outbox: what `manage.py consume` does, without Kafka."""
+    ConsumerProcess(consumer_named(consumer)).handle_batch(published_records())
+
+
+@pytest.fixture
+def emitted(db) -> Callable[[str], list[Event]]:
+    """The events of a type in the outbox, as a handler would see them."""
+
+    def read(event_type: str) -> list[Event]:
+        events = [record.event(record.envelope()) for record in published_records()]
+        return [event for event in events if event.event_type == event_type]
+
+    return read
+
+
+def assert_problem(response, status: int) -> dict:
+    """Check that a response is a whole problem (RFC 9457), and return its body."""
+    assert response.status_code == status, response.content
+    assert response["Content-Type"] == "application/problem+json"
+    body = response.json()
+    assert body["status"] == status
+    assert body["type"] == "about:blank"
+    assert body["title"] and body["detail"]
+    assert body["instance"] == response.wsgi_request.path
+    assert body["correlation_id"] == response["X-Correlation-ID"]
+    return body

@@ -1,0 +1,93 @@
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from django.db import connection, transaction
+
+from events_outbox.models import OutboxEvent
+from voicehelper.conversations.models import Conversation, Message
+from voicehelper.conversations.services import create_conversation, send_message
+
+
+def test_create_conversation_emits_the_fact(bob, emitted):
+    conversation = create_conversation(user=bob, title="Roadmap", mode="agent")
+
+    [event] = emitted("conversation.created")
+    assert event.topic == "conversation.events"
+    assert event.aggregate_id == event.payload.conversation_id == str(conversation.id)
+    assert (event.tenant_id, event.user_id) == (str(bob.tenant_id), str(bob.id))
+    assert (event.payload.title, event.payload.mode) == ("Roadmap", "agent")
+    assert event.metadata == {"source": "conversation-service"}
+
+
+def test_send_message_emits_the_fact(alice, bob, emitted):
+    conversation = create_conversation(user=bob, title="Roadmap", mode="voice")
+    updated_before = conversation.updated_at
+    message = send_message(user=alice, conversation_id=conversation.id, content="Grüße 👋", role="assistant")
+
+    [event] = emitted("conversation.message.sent")
+    assert event.aggregate_id == event.payload.conversation_id == str(conversation.id)
+    assert (event.tenant_id, event.user_id) == (str(alice.tenant_id), str(alice.id))
+    assert event.payload.message_id == str(message.id)
+    assert (event.payload.role, event.payload.mode) == ("assistant", "voice")
+    assert (event.payload.content, event.payload.content_length) == ("Grüße 👋", 7)
+    conversation.refresh_from_db()
+    assert conversation.message_count == message.position == 1
+    assert conversation.updated_at > updated_before
+
+
+def test_a_rolled_back_write_emits_nothing(bob):
+    conversation = create_conversation(user=bob, title="Roadmap")
+    events_before = OutboxEvent.objects.count()
+
+    with pytest.raises(RuntimeError), transaction.atomic():
+        create_conversation(user=bob, title="Never")
+        send_message(user=bob, conversation_id=conversation.id, content="Never")
+        assert OutboxEvent.objects.count() == events_before + 2
+        raise RuntimeError
+
+    assert OutboxEvent.objects.count() == events_before
+    assert Conversation.objects.get().message_count == 0
+    assert not Message.objects.exists()
+
+
+def test_a_failing_emit_takes_the_write_with_it(bob, settings):
+    conversation = create_conversation(user=bob, title="Roadmap")
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "MAX_EVENT_BYTES": 1_000}
+
+    with pytest.raises(ValueError, match="MAX_EVENT_BYTES"):
+        send_message(user=bob, conversation_id=conversation.id, content="x" * 1_000)
+
+    assert Conversation.objects.get().message_count == 0
+    assert not Message.objects.exists()
+
+
+def test_a_conversation_of_another_tenant_does_not_exist(bob, charlie, emitted):
+    conversation = create_conversation(user=bob, title="Roadmap")
+
+    with pytest.raises(Conversation.DoesNotExist):
+        send_message(user=charlie, conversation_id=conversation.id, content="Let me in")
+
+    assert not Message.objects.exists()
+    assert emitted("conversation.message.sent") == []
+
+
+@pytest.mark.django_db(transaction=True)
+def test_concurrent_messages_are_counted_and_ordered_exactly(alice, bob, emitted):
+    conversation = create_conversation(user=bob, title="Roadmap")
+
+    def send(number: int) -> None:
+        try:
+            send_message(user=(alice, bob)[number % 2], conversation_id=conversation.id, content=str(number))
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(send, range(80)))
+
+    conversation.refresh_from_db()
+    assert conversation.message_count == 80
+    messages = list(conversation.messages.order_by("position"))
+    assert [message.position for message in messages] == list(range(1, 81))
+    # The events are in the order of the messages: the emit came under the lock.
+    in_events = [event.payload.message_id for event in emitted("conversation.message.sent")]
+    assert in_events == [str(message.id) for message in messages]

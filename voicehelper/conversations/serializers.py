@@ -1,0 +1,35 @@
+"""Shapes of the conversation API. Text fields refuse NUL characters and unpaired surrogates by themselves."""
+
+from typing import Any
+
+from rest_framework import serializers
+
+from .models import Conversation, Message
+
+
+class NewConversation(serializers.Serializer[Any]):
+    title = serializers.CharField(max_length=Conversation.TITLE_MAX_CHARS)
+    mode = serializers.ChoiceField(choices=Conversation.Mode.choices, default=Conversation.Mode.CHAT)
+
+
+class NewMessage(serializers.Serializer[Any]):
+    conversation_id = serializers.UUIDField()
+    content = serializers.CharField(max_length=Message.CONTENT_MAX_CHARS, trim_whitespace=False)
+    role = serializers.ChoiceField(choices=Message.Role.choices, default=Message.Role.USER)
+
+
+class ConversationSerializer(serializers.ModelSerializer[Conversation]):
+    user_id = serializers.UUIDField(read_only=True)
+
+    class Meta:
+        model = Conversation
+        fields = ["id", "title", "mode", "user_id", "message_count", "created_at", "updated_at"]
+
+
+class MessageSerializer(serializers.ModelSerializer[Message]):
+    conversation_id = serializers.UUIDField(read_only=True)
+    user_id = serializers.UUIDField(read_only=True)
+
+    class Meta:
+        model = Message
+        fields = ["id", "conversation_id", "user_id", "position", "role", "content", "created_at"]

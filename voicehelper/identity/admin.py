@@ -1,0 +1,69 @@
+"""Tenants and users in the admin. New ones go through the services, so that their events are emitted."""
+
+from typing import Any, cast
+
+from django.contrib import admin
+from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
+from django.contrib.auth.forms import UserCreationForm
+from django.db.models import Model
+from django.http import HttpRequest
+
+from .models import Tenant, User
+from .services import create_tenant, register_user
+
+
+@admin.register(Tenant)
+class TenantAdmin(admin.ModelAdmin):  # type: ignore[type-arg]  # not subscriptable at runtime
+    list_display = ["name", "id", "created_at"]
+    search_fields = ["name"]
+    readonly_fields = ["id", "created_at"]
+
+    def save_model(self, request: HttpRequest, obj: Tenant, form: Any, change: bool) -> None:
+        if change:
+            super().save_model(request, obj, form, change)
+            return
+        _become(obj, create_tenant(name=obj.name, by=cast(User, request.user)))
+
+    def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False  # events and rows of every domain refer to it
+
+
+@admin.register(User)
+class UserAdmin(DjangoUserAdmin):  # type: ignore[type-arg]  # not subscriptable at runtime
+    list_display = ["username", "tenant", "role", "is_active", "is_staff"]
+    list_filter = ["role", "is_active", "is_staff"]
+    list_select_related = ["tenant"]
+    search_fields = ["username", "email", "tenant__name"]
+    autocomplete_fields = ["tenant"]
+    fieldsets = (*(DjangoUserAdmin.fieldsets or ()), ("Tenant", {"fields": ("tenant", "role")}))
+    add_form = UserCreationForm  # Django's default one also makes users without a password
+    add_fieldsets = ((None, {"fields": ("tenant", "role", "username", "password1", "password2")}),)
+
+    def get_form(
+        self, request: HttpRequest, obj: User | None = None, change: bool = False, **kwargs: Any
+    ) -> Any:
+        form = super().get_form(request, obj, change=change, **kwargs)
+        if obj is None:
+            form.base_fields["tenant"].required = True
+        return form
+
+    def save_model(self, request: HttpRequest, obj: User, form: Any, change: bool) -> None:
+        if change or obj.tenant is None:
+            super().save_model(request, obj, form, change)
+            return
+        registered = register_user(
+            tenant=obj.tenant,
+            username=obj.username,
+            password=form.cleaned_data["password1"],
+            role=obj.role,
+            by=cast(User, request.user),
+        )
+        _become(obj, registered)
+
+    def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
+        return False  # deactivate instead: conversations keep their author
+
+
+def _become(obj: Model, saved: Model) -> None:
+    """Make the form's unsaved object stand for the row that the service wrote."""
+    obj.__dict__.update(saved.__dict__)

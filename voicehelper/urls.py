@@ -1,0 +1,18 @@
+"""Every URL: the admin, the API and what monitoring serves."""
+
+from django.contrib import admin
+from django.urls import include, path
+
+urlpatterns = [
+    path("admin/", admin.site.urls),
+    path("api/v1/", include("voicehelper.identity.urls")),
+    path("api/v1/", include("voicehelper.conversations.urls")),
+    path("api/v1/", include("voicehelper.notifications.urls")),
+    path("api/v1/", include("voicehelper.analytics.urls")),
+    path("", include("monitoring.urls")),
+]
+
+handler400 = "voicehelper.problems.bad_request"
+handler403 = "voicehelper.problems.permission_denied"
+handler404 = "voicehelper.problems.page_not_found"
+handler500 = "voicehelper.problems.server_error"
