@@ -3,6 +3,7 @@
 Lists are read-only; what an operator does is an action, and is logged. No list counts a big table to its end.
 """
 
+import contextlib
 import json
 import uuid
 from collections.abc import Callable
@@ -176,10 +177,8 @@ class OutboxEventAdmin(ReadOnlyAdmin):
         if not (term := search_term.strip()):
             return queryset, False
         found = models.Q(aggregate_id=term) | models.Q(correlation_id=term)
-        try:
+        with contextlib.suppress(ValueError):
             found |= models.Q(event_id=uuid.UUID(term))
-        except ValueError:
-            pass
         return queryset.filter(found), False
 
     @admin.display(description="status")

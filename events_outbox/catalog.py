@@ -16,9 +16,12 @@ _SHAPE = re.compile(r"[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+")
 _VERSION = re.compile(r"v[1-9][0-9]*")
 # Past participles that do not end in "ed"; "reset", "read" and "put" are past tense as they stand.
 _IRREGULAR = frozenset(
-    "become begun bought built caught chosen done drawn found frozen given gone got held hidden hit kept known "
-    "left lent lost made met overridden paid put read rebuilt reset resent rewritten run seen sent set shut sold "
-    "spent split spoken taken thrown understood undone unset upheld withdrawn won written".split()
+    """
+    become begun bought built caught chosen done drawn found frozen given gone got held hidden hit
+    kept known left lent lost made met overridden paid put read rebuilt reset resent rewritten run
+    seen sent set shut sold spent split spoken taken thrown understood undone unset upheld withdrawn
+    won written
+    """.split()  # noqa: SIM905  (a page of quotation marks otherwise)
 )
 
 

@@ -11,18 +11,19 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
+
 from monitoring import metrics
 
 from . import dead_letters
+from .catalog import event_types
 from .conf import outbox_settings
 from .exceptions import PermanentEventError
 from .handlers import Consumer, Event, Handler, call_handler
-from .kafka import KafkaError, KafkaException, Message, TopicPartition, make_consumer
 from .kafka import Consumer as KafkaClient
+from .kafka import KafkaError, KafkaException, Message, TopicPartition, make_consumer
 from .models import DeadLetter, ProcessedEvent
 from .records import Delivery, Record, UnreadableRecord
 
@@ -65,8 +66,18 @@ class ConsumerProcess:
         self._done: dict[Partition, int] = {}
         self._held: list[Message] = []
         self._last_poll = self._last_lag = 0.0
+        self._start_counters()
+
+    def _start_counters(self) -> None:
+        """Counters begin at 0: one that is born with its first event shows no increase for it."""
+        name = self.consumer.name
         for counter in (metrics.CONSUMER_DUPLICATES, metrics.CONSUMER_SKIPPED, metrics.CONSUMER_RETRIES):
-            counter.labels(consumer.name)  # a counter that matters starts at 0
+            counter.labels(name)
+        for entry in event_types():
+            if self.consumer.handler_for(entry.name):
+                metrics.CONSUMER_HANDLED.labels(name, entry.name)
+        for reason in DeadLetter.Reason:
+            metrics.CONSUMER_DEAD_LETTERED.labels(name, reason.value)
 
     def stop(self) -> None:
         """Ask the consumer to stop; safe in a signal handler. The batch in flight is finished."""
@@ -223,9 +234,7 @@ class ConsumerProcess:
 
     def _handle_alone(self, delivery: Delivery) -> None:
         """One event with its retries; a dead letter when they are used up."""
-        attempts = 0
-        for delay_seconds in [*self.consumer.retry.delays_seconds(), None]:
-            attempts += 1
+        for attempts, delay_seconds in enumerate([*self.consumer.retry.delays_seconds(), None], start=1):
             try:
                 self._transaction([delivery])
                 return
@@ -239,7 +248,12 @@ class ConsumerProcess:
                 metrics.CONSUMER_RETRIES.labels(self.consumer.name).inc()
                 logger.warning(
                     "handler failed, trying again",
-                    extra={**_fields(delivery), "attempt": attempts, "delay_seconds": delay_seconds, "error": str(error)},
+                    extra={
+                        **_fields(delivery),
+                        "attempt": attempts,
+                        "delay_seconds": delay_seconds,
+                        "error": f"{type(error).__name__}: {error}",
+                    },
                 )
             self._wait(delay_seconds)
 

@@ -204,5 +204,3 @@ def _text(name: str, given: Any, *, required: bool = False, max_chars: int | Non
     except UnicodeEncodeError:
         raise InvalidEventField(f"{name} contains an unpaired surrogate, which is not valid Unicode text") from None
     return given
-
-

@@ -15,7 +15,6 @@ from confluent_kafka import (
 )
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
-
 from django.core.exceptions import ImproperlyConfigured
 
 from .catalog import topics

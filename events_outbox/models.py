@@ -84,9 +84,7 @@ class OutboxEvent(models.Model):
     """
 
     id = models.BigAutoField(primary_key=True)
-    transaction_id = Xid8Field(
-        editable=False, db_default=Func(function="pg_current_xact_id", output_field=Xid8Field())
-    )
+    transaction_id = Xid8Field(editable=False, db_default=Func(function="pg_current_xact_id", output_field=Xid8Field()))
     event_id = models.UUIDField(unique=True)
     event_type = models.CharField(max_length=128)
     event_version = models.CharField(max_length=16)
@@ -215,7 +213,9 @@ class DeadLetter(models.Model):
         verbose_name = "dead letter"
         ordering = ["-id"]
         constraints = [models.UniqueConstraint(fields=["consumer", "event_id"], name="dead_letter_once")]
-        indexes = [models.Index(fields=["consumer", "topic", "key"], condition=Q(resolution=""), name="open_dead_letters")]
+        indexes = [
+            models.Index(fields=["consumer", "topic", "key"], condition=Q(resolution=""), name="open_dead_letters")
+        ]
 
     def __str__(self) -> str:
         return f"{self.consumer} {self.event_id} {self.reason}"

@@ -20,6 +20,7 @@ from opentelemetry.trace import Span, SpanKind
 
 from monitoring import metrics
 
+from .catalog import topics
 from .conf import outbox_settings
 from .exceptions import LeadershipLost
 from .kafka import RECORD_REFUSALS, KafkaError, KafkaException, Message, Producer, make_producer
@@ -61,6 +62,11 @@ class Relay:
         self._trouble = ""
         self._last_heartbeat = 0.0
         self._last_redrive_look = 0.0
+        # Counters begin at 0: one that is born with its first event shows no increase for it.
+        for topic in topics():
+            metrics.OUTBOX_PUBLISHED.labels(topic)
+            for code in RECORD_REFUSALS:
+                metrics.OUTBOX_PUBLISH_FAILURES.labels(topic, KafkaError(code).name())
 
     def stop(self) -> None:
         """Ask the relay to stop; safe in a signal handler. The batch in flight is finished or abandoned."""
@@ -310,5 +316,3 @@ def _count_published(rows: Sequence[Row], parked: Sequence[Parked]) -> None:
             by_topic[row[1]] = by_topic.get(row[1], 0) + 1
     for topic, count in by_topic.items():
         metrics.OUTBOX_PUBLISHED.labels(topic).inc(count)
-
-

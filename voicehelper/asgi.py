@@ -1,4 +1,4 @@
-"""The ASGI application: `any ASGI server, voicehelper.asgi:application`."""
+"""The ASGI application, for any ASGI server: `voicehelper.asgi:application`."""
 
 import os
 
@@ -6,3 +6,8 @@ from django.core.asgi import get_asgi_application
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "voicehelper.settings")
 application = get_asgi_application()
+
+# Imported once Django is set up. Under gunicorn its configuration does this, after the fork.
+from monitoring.tracing import init_tracing, tracing_config  # noqa: E402
+
+init_tracing(tracing_config())

@@ -52,9 +52,7 @@ def problem_response(exception: Exception, context: dict[str, Any]) -> Response 
         detail, errors = "The request is not valid: see errors.", exception.detail
     else:
         detail = str(response.data["detail"])
-    response.data = problem(
-        status=response.status_code, detail=detail, path=context["request"].path, errors=errors
-    )
+    response.data = problem(status=response.status_code, detail=detail, path=context["request"].path, errors=errors)
     response.content_type = CONTENT_TYPE
     return response
 
@@ -66,9 +64,7 @@ def bad_request(request: HttpRequest, exception: Exception) -> HttpResponseBase:
 
 def permission_denied(request: HttpRequest, exception: Exception) -> HttpResponseBase:
     """Django's handler403."""
-    return _api_problem(request, 403, "This is not allowed.") or defaults.permission_denied(
-        request, exception
-    )
+    return _api_problem(request, 403, "This is not allowed.") or defaults.permission_denied(request, exception)
 
 
 def page_not_found(request: HttpRequest, exception: Exception) -> HttpResponseBase:

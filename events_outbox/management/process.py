@@ -9,7 +9,9 @@ from typing import Any
 from monitoring.worker import Worker
 
 
-def run_until_signalled(role: str, metrics_port: int, make: Callable[[Callable[[], None]], Any], **options: Any) -> None:
+def run_until_signalled(
+    role: str, metrics_port: int, make: Callable[[Callable[[], None]], Any], **options: Any
+) -> None:
     """Make a job with the worker's tick, and run it until it ends or SIGTERM/SIGINT asks it to stop.
 
     The first signal calls the job's `stop()`, a second one ends the process at once. `metrics_port`: where

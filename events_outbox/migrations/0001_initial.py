@@ -2,119 +2,209 @@
 
 import django.db.models.deletion
 import django.db.models.functions.datetime
-import events_outbox.fields
 from django.db import migrations, models
+
+import events_outbox.fields
 
 
 class Migration(migrations.Migration):
-
     initial = True
 
-    dependencies = [
-    ]
+    dependencies = []
 
     operations = [
         migrations.CreateModel(
-            name='DeadLetter',
+            name="DeadLetter",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('consumer', models.CharField(max_length=100)),
-                ('event_id', models.UUIDField(help_text='For a record that is no event: an id made from its place and bytes.')),
-                ('event_type', models.CharField(blank=True, max_length=128)),
-                ('tenant_id', models.CharField(blank=True, max_length=255)),
-                ('topic', models.CharField(max_length=249)),
-                ('partition', models.IntegerField()),
-                ('offset', models.BigIntegerField()),
-                ('key', models.BinaryField(null=True)),
-                ('value', models.BinaryField(help_text='The raw bytes of the record; null for a record without value.', null=True)),
-                ('headers', models.JSONField(default=list, help_text='Pairs of name and base64 of the value, in order.')),
-                ('reason', models.CharField(choices=[('unparsable', 'not a BaseEvent'), ('unknown_type', 'event type and version not in the catalog'), ('payload_mismatch', "payload is not the catalog's message"), ('permanent', 'the handler said that retrying is useless'), ('failed', 'out of retries'), ('behind', 'parked behind an earlier dead letter of its key')], max_length=20)),
-                ('error', models.TextField()),
-                ('traceback', models.TextField(blank=True)),
-                ('attempts', models.PositiveIntegerField(default=1)),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('resolution', models.CharField(blank=True, choices=[('', 'open'), ('replayed', 'replayed'), ('discarded', 'discarded')], default='', max_length=10)),
-                ('resolved_at', models.DateTimeField(blank=True, null=True)),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("consumer", models.CharField(max_length=100)),
+                (
+                    "event_id",
+                    models.UUIDField(help_text="For a record that is no event: an id made from its place and bytes."),
+                ),
+                ("event_type", models.CharField(blank=True, max_length=128)),
+                ("tenant_id", models.CharField(blank=True, max_length=255)),
+                ("topic", models.CharField(max_length=249)),
+                ("partition", models.IntegerField()),
+                ("offset", models.BigIntegerField()),
+                ("key", models.BinaryField(null=True)),
+                (
+                    "value",
+                    models.BinaryField(
+                        help_text="The raw bytes of the record; null for a record without value.", null=True
+                    ),
+                ),
+                (
+                    "headers",
+                    models.JSONField(default=list, help_text="Pairs of name and base64 of the value, in order."),
+                ),
+                (
+                    "reason",
+                    models.CharField(
+                        choices=[
+                            ("unparsable", "not a BaseEvent"),
+                            ("unknown_type", "event type and version not in the catalog"),
+                            ("payload_mismatch", "payload is not the catalog's message"),
+                            ("permanent", "the handler said that retrying is useless"),
+                            ("failed", "out of retries"),
+                            ("behind", "parked behind an earlier dead letter of its key"),
+                        ],
+                        max_length=20,
+                    ),
+                ),
+                ("error", models.TextField()),
+                ("traceback", models.TextField(blank=True)),
+                ("attempts", models.PositiveIntegerField(default=1)),
+                ("created_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                (
+                    "resolution",
+                    models.CharField(
+                        blank=True,
+                        choices=[("", "open"), ("replayed", "replayed"), ("discarded", "discarded")],
+                        default="",
+                        max_length=10,
+                    ),
+                ),
+                ("resolved_at", models.DateTimeField(blank=True, null=True)),
             ],
             options={
-                'verbose_name': 'dead letter',
-                'ordering': ['-id'],
-                'indexes': [models.Index(condition=models.Q(('resolution', '')), fields=['consumer', 'topic', 'key'], name='open_dead_letters')],
-                'constraints': [models.UniqueConstraint(fields=('consumer', 'event_id'), name='dead_letter_once')],
+                "verbose_name": "dead letter",
+                "ordering": ["-id"],
+                "indexes": [
+                    models.Index(
+                        condition=models.Q(("resolution", "")),
+                        fields=["consumer", "topic", "key"],
+                        name="open_dead_letters",
+                    )
+                ],
+                "constraints": [models.UniqueConstraint(fields=("consumer", "event_id"), name="dead_letter_once")],
             },
         ),
         migrations.CreateModel(
-            name='OutboxEvent',
+            name="OutboxEvent",
             fields=[
-                ('id', models.BigAutoField(primary_key=True, serialize=False)),
-                ('transaction_id', events_outbox.fields.Xid8Field(db_default=models.Func(function='pg_current_xact_id', output_field=events_outbox.fields.Xid8Field()), editable=False)),
-                ('event_id', models.UUIDField(unique=True)),
-                ('event_type', models.CharField(max_length=128)),
-                ('event_version', models.CharField(max_length=16)),
-                ('aggregate_id', models.CharField(db_index=True, max_length=255)),
-                ('tenant_id', models.CharField(max_length=255)),
-                ('topic', models.CharField(max_length=249)),
-                ('correlation_id', models.CharField(db_index=True, max_length=255)),
-                ('traceparent', models.CharField(default='', max_length=55)),
-                ('tracestate', models.CharField(default='', max_length=512)),
-                ('baggage', models.TextField(default='')),
-                ('created_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('value', models.BinaryField(help_text='The serialised BaseEvent: exactly the bytes of the Kafka record.')),
+                ("id", models.BigAutoField(primary_key=True, serialize=False)),
+                (
+                    "transaction_id",
+                    events_outbox.fields.Xid8Field(
+                        db_default=models.Func(
+                            function="pg_current_xact_id", output_field=events_outbox.fields.Xid8Field()
+                        ),
+                        editable=False,
+                    ),
+                ),
+                ("event_id", models.UUIDField(unique=True)),
+                ("event_type", models.CharField(max_length=128)),
+                ("event_version", models.CharField(max_length=16)),
+                ("aggregate_id", models.CharField(db_index=True, max_length=255)),
+                ("tenant_id", models.CharField(max_length=255)),
+                ("topic", models.CharField(max_length=249)),
+                ("correlation_id", models.CharField(db_index=True, max_length=255)),
+                ("traceparent", models.CharField(default="", max_length=55)),
+                ("tracestate", models.CharField(default="", max_length=512)),
+                ("baggage", models.TextField(default="")),
+                ("created_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                (
+                    "value",
+                    models.BinaryField(help_text="The serialised BaseEvent: exactly the bytes of the Kafka record."),
+                ),
             ],
             options={
-                'verbose_name': 'event',
-                'ordering': ['-id'],
-                'indexes': [models.Index(fields=['transaction_id', 'id'], name='outbox_window')],
+                "verbose_name": "event",
+                "ordering": ["-id"],
+                "indexes": [models.Index(fields=["transaction_id", "id"], name="outbox_window")],
             },
         ),
         migrations.CreateModel(
-            name='ProcessedEvent',
+            name="ProcessedEvent",
             fields=[
-                ('id', models.BigAutoField(primary_key=True, serialize=False)),
-                ('consumer', models.CharField(max_length=100)),
-                ('event_id', models.UUIDField()),
-                ('processed_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                ("id", models.BigAutoField(primary_key=True, serialize=False)),
+                ("consumer", models.CharField(max_length=100)),
+                ("event_id", models.UUIDField()),
+                ("processed_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
             ],
             options={
-                'verbose_name': 'processed event',
-                'ordering': ['-id'],
-                'constraints': [models.UniqueConstraint(fields=('consumer', 'event_id'), name='processed_once')],
+                "verbose_name": "processed event",
+                "ordering": ["-id"],
+                "constraints": [models.UniqueConstraint(fields=("consumer", "event_id"), name="processed_once")],
             },
         ),
         migrations.CreateModel(
-            name='RelayCursor',
+            name="RelayCursor",
             fields=[
-                ('id', models.PositiveSmallIntegerField(default=1, primary_key=True, serialize=False)),
-                ('published', events_outbox.fields.PgSnapshotField(default=events_outbox.fields.nothing_seen, help_text='Every event whose transaction this snapshot sees is published (or parked).')),
-                ('window', events_outbox.fields.PgSnapshotField(help_text='Snapshot of the window being published, if one is in progress.', null=True)),
-                ('window_last_id', models.BigIntegerField(default=0, help_text='Last event id of the window that is published.')),
-                ('system_identifier', models.BigIntegerField(help_text="The PostgreSQL cluster that the snapshots' transaction ids belong to.", null=True)),
-                ('leader', models.CharField(default='', help_text='host:pid of the relay that leads or led last.', max_length=255)),
-                ('leader_since', models.DateTimeField(null=True)),
-                ('heartbeat_at', models.DateTimeField(help_text='When the leader last said that it works.', null=True)),
-                ('last_error', models.TextField(default='', help_text='What the leader is waiting for; empty when all is well.')),
+                ("id", models.PositiveSmallIntegerField(default=1, primary_key=True, serialize=False)),
+                (
+                    "published",
+                    events_outbox.fields.PgSnapshotField(
+                        default=events_outbox.fields.nothing_seen,
+                        help_text="Every event whose transaction this snapshot sees is published (or parked).",
+                    ),
+                ),
+                (
+                    "window",
+                    events_outbox.fields.PgSnapshotField(
+                        help_text="Snapshot of the window being published, if one is in progress.", null=True
+                    ),
+                ),
+                (
+                    "window_last_id",
+                    models.BigIntegerField(default=0, help_text="Last event id of the window that is published."),
+                ),
+                (
+                    "system_identifier",
+                    models.BigIntegerField(
+                        help_text="The PostgreSQL cluster that the snapshots' transaction ids belong to.", null=True
+                    ),
+                ),
+                (
+                    "leader",
+                    models.CharField(
+                        default="", help_text="host:pid of the relay that leads or led last.", max_length=255
+                    ),
+                ),
+                ("leader_since", models.DateTimeField(null=True)),
+                ("heartbeat_at", models.DateTimeField(help_text="When the leader last said that it works.", null=True)),
+                (
+                    "last_error",
+                    models.TextField(default="", help_text="What the leader is waiting for; empty when all is well."),
+                ),
             ],
             options={
-                'verbose_name': 'relay cursor',
-                'constraints': [models.CheckConstraint(condition=models.Q(('id', 1)), name='relay_cursor_is_one_row')],
+                "verbose_name": "relay cursor",
+                "constraints": [models.CheckConstraint(condition=models.Q(("id", 1)), name="relay_cursor_is_one_row")],
             },
         ),
         migrations.CreateModel(
-            name='UndeliverableEvent',
+            name="UndeliverableEvent",
             fields=[
-                ('id', models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name='ID')),
-                ('topic', models.CharField(max_length=249)),
-                ('aggregate_id', models.CharField(max_length=255)),
-                ('reason', models.CharField(help_text='Kafka error name, or "behind" for a follower of the same key.', max_length=64)),
-                ('error', models.TextField()),
-                ('parked_at', models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
-                ('redrive_requested_at', models.DateTimeField(help_text='Set by an operator; the leader redrives it.', null=True)),
-                ('event', models.OneToOneField(on_delete=django.db.models.deletion.PROTECT, related_name='undeliverable', to='events_outbox.outboxevent')),
+                ("id", models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID")),
+                ("topic", models.CharField(max_length=249)),
+                ("aggregate_id", models.CharField(max_length=255)),
+                (
+                    "reason",
+                    models.CharField(
+                        help_text='Kafka error name, or "behind" for a follower of the same key.', max_length=64
+                    ),
+                ),
+                ("error", models.TextField()),
+                ("parked_at", models.DateTimeField(db_default=django.db.models.functions.datetime.Now())),
+                (
+                    "redrive_requested_at",
+                    models.DateTimeField(help_text="Set by an operator; the leader redrives it.", null=True),
+                ),
+                (
+                    "event",
+                    models.OneToOneField(
+                        on_delete=django.db.models.deletion.PROTECT,
+                        related_name="undeliverable",
+                        to="events_outbox.outboxevent",
+                    ),
+                ),
             ],
             options={
-                'verbose_name': 'undeliverable event',
-                'ordering': ['-id'],
-                'indexes': [models.Index(fields=['topic', 'aggregate_id'], name='undeliverable_key')],
+                "verbose_name": "undeliverable event",
+                "ordering": ["-id"],
+                "indexes": [models.Index(fields=["topic", "aggregate_id"], name="undeliverable_key")],
             },
         ),
     ]

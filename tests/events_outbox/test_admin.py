@@ -3,9 +3,9 @@
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission
+from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
-from django.db import connection
 from django.urls import reverse
 
 from events_outbox import dead_letters, handlers
@@ -32,7 +32,8 @@ def operator():
 def onlooker():
     """A client logged in as bob, staff who may only look."""
     bob = User.objects.create_user("bob", password="x", is_staff=True)
-    bob.user_permissions.set(Permission.objects.filter(codename__startswith="view_", content_type__app_label="events_outbox"))
+    may_look = Permission.objects.filter(codename__startswith="view_", content_type__app_label="events_outbox")
+    bob.user_permissions.set(may_look)
     client = Client()
     client.force_login(bob)
     return client

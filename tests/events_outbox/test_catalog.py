@@ -14,16 +14,29 @@ from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", ["conversation.created", "conversation.message.sent", "llm.api_key.leaked", "a.b.c.read"])
+@pytest.mark.parametrize(
+    "name", ["conversation.created", "conversation.message.sent", "llm.api_key.leaked", "a.b.c.read"]
+)
 def test_names_of_facts_are_accepted(name):
     check_event_type(name)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["created", "conversation.create", "Conversation.created", "conversation..created", ".created", "conversation.created ",
-     "conversation.creating", "", "conversation.message send", "x." + "y" * 130 + "ed", None],
-)  # fmt: skip
+    [
+        "created",
+        "conversation.create",
+        "Conversation.created",
+        "conversation..created",
+        ".created",
+        "conversation.created ",
+        "conversation.creating",
+        "",
+        "conversation.message send",
+        "x." + "y" * 130 + "ed",
+        None,
+    ],
+)
 def test_other_names_are_refused(name):
     with pytest.raises(InvalidEventType, match="past-tense verb"):
         check_event_type(name)
@@ -38,7 +51,8 @@ def test_a_type_is_registered_once_and_versions_look_like_v1():
 
 def test_the_specifications_event_types_are_there():
     names = {entry.name for entry in event_types()}
-    assert {"conversation.created", "conversation.message.sent", "document.uploaded", "identity.user.registered"} <= names
+    assert {"conversation.created", "conversation.message.sent", "document.uploaded"} <= names
+    assert {"identity.user.registered", "notification.created"} <= names
     assert event_type_for("conversation.created", "v1").payload is ConversationCreatedPayload
 
 

@@ -41,9 +41,7 @@ def make_consumer():
 
 
 def record_of(row, offset=0):
-    return Record(
-        topic=row.topic, partition=0, offset=offset, key=row.aggregate_id.encode(), value=bytes(row.value)
-    )
+    return Record(topic=row.topic, partition=0, offset=offset, key=row.aggregate_id.encode(), value=bytes(row.value))
 
 
 def handle(consumer, records):
@@ -69,9 +67,7 @@ def test_effects_happen_once_however_often_a_record_comes(make_consumer, emit):
     assert Group.objects.count() == 3
     assert ProcessedEvent.objects.filter(consumer=consumer.name).count() == 3
     assert counted("consumer_events_duplicate_total", consumer=consumer.name) == 4
-    assert (
-        counted("consumer_events_handled_total", consumer=consumer.name, event_type="conversation.created") == 3
-    )
+    assert counted("consumer_events_handled_total", consumer=consumer.name, event_type="conversation.created") == 3
 
 
 def test_a_handler_sees_the_typed_event(make_consumer, emit):
@@ -143,7 +139,7 @@ def test_poison_becomes_dead_letters_with_its_raw_bytes_and_the_rest_is_handled(
     consumer, seen = make_consumer(), []
     consumer.handles("*")(seen.append)
     good = emit("c1")
-    unknown = BaseEvent(event_id=str(uuid.uuid4()), event_type="weather.changed", event_version="v1", tenant_id="a\x00b")
+    unknown = BaseEvent(event_id=str(uuid.uuid4()), event_type="weather.changed", tenant_id="a\x00b")
     other = BaseEvent(event_id=str(uuid.uuid4()), event_type="conversation.created", event_version="v1")
     other.payload.Pack(UserRegisteredPayload(user_id="u"))
     no_id = BaseEvent(event_type="conversation.created")
@@ -160,7 +156,7 @@ def test_poison_becomes_dead_letters_with_its_raw_bytes_and_the_rest_is_handled(
         damaged.SerializeToString(),
     ]
     poison = [
-        Record(topic="t", partition=0, offset=n, key=b"k\xff", value=value, headers=[("h", b"\x00\xff")], timestamp_ms=5)
+        Record(topic="t", partition=0, offset=n, key=b"k\xff", value=value, headers=[("h", b"\x00\xff")])
         for n, value in enumerate(values)
     ]
     handle(consumer, [*poison, record_of(good, 9)])
@@ -214,7 +210,7 @@ def test_topics_come_from_the_handlers(make_consumer):
 def test_registering_wrongly_raises(make_consumer):
     consumer = make_consumer()
     consumer.handles("conversation.created")(lambda event: None)
-    with pytest.raises(ValueError, match="two handlers of conversation.created"):
+    with pytest.raises(ValueError, match="two handlers of conversation"):
         consumer.handles_batch("conversation.created")(lambda events: None)
     with pytest.raises(ValueError, match="registered twice"):
         Consumer(consumer.name, "g")
@@ -362,7 +358,10 @@ def test_a_lost_database_connection_is_waited_out(make_consumer, emit):
 def group_counter(consumer):
     """A handler that counts each event in the database; returns what is counted so far, by number."""
     with connection.cursor() as cursor:
-        cursor.execute("CREATE TABLE IF NOT EXISTS test_count (consumer text, number int, times int, PRIMARY KEY (consumer, number))")
+        cursor.execute(
+            """CREATE TABLE IF NOT EXISTS test_count
+               (consumer text, number int, times int, PRIMARY KEY (consumer, number))"""
+        )
 
     @consumer.handles("conversation.created")
     def count(event):
@@ -470,4 +469,3 @@ def test_a_consumer_waits_for_a_broker_that_is_away(make_consumer, emit, at_the_
         kafka.resume()
         eventually(lambda: 1 in counts(), 60)
     assert counts() == {0: 1, 1: 1}
-

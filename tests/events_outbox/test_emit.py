@@ -42,7 +42,13 @@ def envelope(row):
 def test_an_event_is_one_insert_with_the_specifications_fields():
     when = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     with CaptureQueriesContext(connection) as queries:
-        row = emit(user_id="u1", timestamp=when, metadata={"source": "test"}, correlation_id="corr", causation_id="cause")
+        row = emit(
+            user_id="u1",
+            timestamp=when,
+            metadata={"source": "test"},
+            correlation_id="corr",
+            causation_id="cause",
+        )
     assert len(queries) == 1 and queries[0]["sql"].startswith("INSERT INTO")
     base = envelope(row)
     assert uuid.UUID(base.event_id) == row.event_id and row.event_id.version == 7
@@ -143,7 +149,7 @@ def test_a_rollback_takes_the_event_with_it():
         ("conversation.created", PAYLOAD, {"user_id": "\ud800"}, InvalidEventField, "surrogate"),
         ("conversation.created", PAYLOAD, {"metadata": {"k": "\x00"}}, InvalidEventField, "metadata"),
         ("conversation.created", PAYLOAD, {"metadata": {"k": 1}}, InvalidEventField, "metadata"),
-        ("conversation.created", PAYLOAD, {"timestamp": datetime(2026, 1, 1)}, InvalidEventField, "time zone"),  # noqa: DTZ001
+        ("conversation.created", PAYLOAD, {"timestamp": datetime(2026, 1, 1)}, InvalidEventField, "time zone"),
         ("conversation.created", PAYLOAD, {"event_id": "x"}, InvalidEventField, "uuid.UUID"),
         ("conversation.created", PAYLOAD, {"metadata": {"k": "x" * 1_000_000}}, EventTooLarge, "MAX_EVENT_BYTES"),
     ],

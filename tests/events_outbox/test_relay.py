@@ -303,4 +303,3 @@ def test_wrong_kafka_settings_end_the_relay_with_a_clear_error(emit, settings, k
     emit("c1", 0)
     with pytest.raises(ImproperlyConfigured, match=says):
         publish()
-

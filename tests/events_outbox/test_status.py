@@ -8,11 +8,10 @@ from prometheus_client import CollectorRegistry
 
 from events_outbox.consumer import ConsumerProcess
 from events_outbox.handlers import consumer_named
-from events_outbox.models import OutboxEvent
+from events_outbox.models import OutboxEvent, RelayCursor
 from events_outbox.records import Record
 from events_outbox.relay import Relay
 from events_outbox.status import StatusCollector, count_pending
-from events_outbox.models import RelayCursor
 from tests.events_outbox.conftest import eventually, in_thread
 from voicehelper.services import Services, find_services, write_services
 

@@ -1,5 +1,6 @@
 """The snapshot cursor under concurrency: nothing missed, nothing made up, order kept; and wrong readers are caught."""
 
+import itertools
 import random
 import threading
 import time
@@ -146,9 +147,7 @@ class Violations:
 def emit_next(aggregate, written):
     """Change the aggregate's row, and so lock it, then emit: the numbers are in the order of the commits."""
     with connection.cursor() as cursor:
-        cursor.execute(
-            "UPDATE test_aggregate SET number = number + 1 WHERE name = %s RETURNING number", [aggregate]
-        )
+        cursor.execute("UPDATE test_aggregate SET number = number + 1 WHERE name = %s RETURNING number", [aggregate])
         number = cursor.fetchone()[0]
     emit(aggregate, number)
     written.append((aggregate, number))
@@ -272,7 +271,7 @@ def judge(ids, ledger):
         violations.missed += len(committed - set(got))
         violations.phantoms += len(set(got) - committed)
         violations.duplicates += len(got) - len(set(got))
-        violations.out_of_order += sum(later < earlier for earlier, later in zip(got, got[1:], strict=False))
+        violations.out_of_order += sum(later < earlier for earlier, later in itertools.pairwise(got))
     return violations
 
 

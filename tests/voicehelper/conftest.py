@@ -66,9 +66,7 @@ def api() -> Callable[[User], APIClient]:
 def published_records() -> list[Record]:
     """The records that the relay would have published by now, in order."""
     return [
-        Record(
-            topic=row.topic, partition=0, offset=row.id, key=row.aggregate_id.encode(), value=bytes(row.value)
-        )
+        Record(topic=row.topic, partition=0, offset=row.id, key=row.aggregate_id.encode(), value=bytes(row.value))
         for row in OutboxEvent.objects.order_by("id")
     ]
 

@@ -17,9 +17,7 @@ class SummaryView(APIView):
         query = SummaryQuery(data=request.query_params)
         query.is_valid(raise_exception=True)
         first, last, mode = (query.validated_data.get(name) for name in ("from", "to", "mode"))
-        totals = DailyTotal.objects.for_tenant(member_of(request).own_tenant_id).filter(
-            day__range=(first, last)
-        )
+        totals = DailyTotal.objects.for_tenant(member_of(request).own_tenant_id).filter(day__range=(first, last))
         if mode:
             totals = totals.filter(mode=mode)
         rows = list(totals.order_by("day", "mode"))

@@ -18,9 +18,7 @@ METADATA = {"source": "conversation-service"}
 @transaction.atomic
 def create_conversation(*, user: User, title: str, mode: str = Conversation.Mode.CHAT) -> Conversation:
     """Open a conversation in the user's tenant and emit conversation.created."""
-    conversation = Conversation.objects.create(
-        tenant_id=user.own_tenant_id, user=user, title=title, mode=mode
-    )
+    conversation = Conversation.objects.create(tenant_id=user.own_tenant_id, user=user, title=title, mode=mode)
     emit_event(
         CONVERSATION_CREATED,
         ConversationCreatedPayload(
@@ -35,9 +33,7 @@ def create_conversation(*, user: User, title: str, mode: str = Conversation.Mode
 
 
 @transaction.atomic
-def send_message(
-    *, user: User, conversation_id: UUID, content: str, role: str = Message.Role.USER
-) -> Message:
+def send_message(*, user: User, conversation_id: UUID, content: str, role: str = Message.Role.USER) -> Message:
     """Append a message to a conversation of the user's tenant and emit conversation.message.sent.
 
     Raises Conversation.DoesNotExist when the tenant has no such conversation.
@@ -45,9 +41,7 @@ def send_message(
     # The lock gives the messages of a conversation one order, and comes before the emit so that their events
     # have the same one. NO KEY: the key stays, so rows that refer to the conversation need not wait.
     conversation = (
-        Conversation.objects.for_tenant(user.own_tenant_id)
-        .select_for_update(no_key=True)
-        .get(id=conversation_id)
+        Conversation.objects.for_tenant(user.own_tenant_id).select_for_update(no_key=True).get(id=conversation_id)
     )
     conversation.message_count += 1
     conversation.save(update_fields=["message_count", "updated_at"])

@@ -39,9 +39,7 @@ class UserAdmin(DjangoUserAdmin):  # type: ignore[type-arg]  # not subscriptable
     add_form = UserCreationForm  # Django's default one also makes users without a password
     add_fieldsets = ((None, {"fields": ("tenant", "role", "username", "password1", "password2")}),)
 
-    def get_form(
-        self, request: HttpRequest, obj: User | None = None, change: bool = False, **kwargs: Any
-    ) -> Any:
+    def get_form(self, request: HttpRequest, obj: User | None = None, change: bool = False, **kwargs: Any) -> Any:
         form = super().get_form(request, obj, change=change, **kwargs)
         if obj is None:
             form.base_fields["tenant"].required = True

@@ -19,8 +19,7 @@ from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
 def totals() -> dict:
     return {
-        (str(row.tenant_id), row.day, row.mode): (row.conversations, row.messages)
-        for row in DailyTotal.objects.all()
+        (str(row.tenant_id), row.day, row.mode): (row.conversations, row.messages) for row in DailyTotal.objects.all()
     }
 
 
@@ -86,9 +85,7 @@ def test_the_day_is_that_of_utc(bob, events):
 
 def test_an_event_without_a_proper_tenant_costs_itself_only(bob, events):
     with transaction.atomic():
-        emit_event(
-            "conversation.created", ConversationCreatedPayload(), aggregate_id="c-1", tenant_id="nonsense"
-        )
+        emit_event("conversation.created", ConversationCreatedPayload(), aggregate_id="c-1", tenant_id="nonsense")
     consume("analytics")
 
     dead = DeadLetter.objects.get()

@@ -162,9 +162,7 @@ def test_a_message_that_is_not_valid(api, bob, conversation, change, field):
 
 def test_the_longest_texts_are_kept_whole(api, bob, emitted):
     created = api(bob).post(CONVERSATIONS, {"title": LONGEST_TITLE}, format="json").json()
-    sent = api(bob).post(
-        MESSAGES, {"conversation_id": created["id"], "content": LONGEST_CONTENT}, format="json"
-    )
+    sent = api(bob).post(MESSAGES, {"conversation_id": created["id"], "content": LONGEST_CONTENT}, format="json")
 
     assert sent.status_code == 201
     assert Conversation.objects.get().title == LONGEST_TITLE

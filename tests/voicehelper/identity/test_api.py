@@ -86,9 +86,7 @@ def test_with_a_wrong_token(anybody, db):
     assert_problem(anybody.get(ME), 401)
 
 
-@pytest.mark.parametrize(
-    "path", [ME, "/api/v1/conversations", "/api/v1/notifications", "/api/v1/analytics/summary"]
-)
+@pytest.mark.parametrize("path", [ME, "/api/v1/conversations", "/api/v1/notifications", "/api/v1/analytics/summary"])
 def test_an_operator_without_a_tenant_may_not_use_the_api(api, db, path):
     operator = User.objects.create_superuser("operator", password=PASSWORD)
     problem = assert_problem(api(operator).get(path), 403)

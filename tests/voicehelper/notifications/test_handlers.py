@@ -70,9 +70,7 @@ def test_an_inactive_admin_is_not_told(alice, bob, dora):
 
 def test_an_event_without_a_proper_tenant_is_kept_without_a_retry(alice, bob):
     with transaction.atomic():
-        emit_event(
-            "conversation.created", ConversationCreatedPayload(), aggregate_id="c-1", tenant_id="nonsense"
-        )
+        emit_event("conversation.created", ConversationCreatedPayload(), aggregate_id="c-1", tenant_id="nonsense")
     create_conversation(user=bob, title="Roadmap")
     consume("notification")
 

@@ -14,9 +14,7 @@ class Migration(migrations.Migration):
             fields=[
                 (
                     "id",
-                    models.BigAutoField(
-                        auto_created=True, primary_key=True, serialize=False, verbose_name="ID"
-                    ),
+                    models.BigAutoField(auto_created=True, primary_key=True, serialize=False, verbose_name="ID"),
                 ),
                 ("tenant_id", models.UUIDField()),
                 ("day", models.DateField()),
@@ -26,9 +24,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 "ordering": ["-day", "mode"],
-                "constraints": [
-                    models.UniqueConstraint(fields=("tenant_id", "day", "mode"), name="daily_total_key")
-                ],
+                "constraints": [models.UniqueConstraint(fields=("tenant_id", "day", "mode"), name="daily_total_key")],
             },
         ),
     ]
