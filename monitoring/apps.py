@@ -1,0 +1,15 @@
+"""Starts logging and request tracing with Django."""
+
+from django.apps import AppConfig
+
+
+class MonitoringConfig(AppConfig):
+    name = "monitoring"
+
+    def ready(self) -> None:
+        # Imported here: they read settings.
+        from monitoring.logging import configure_logging
+        from monitoring.tracing import instrument_requests
+
+        configure_logging()
+        instrument_requests()

@@ -1,0 +1,75 @@
+"""The MONITORING setting, parsed once and strictly, and the name this process goes by."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
+from django.core.signals import setting_changed
+from django.dispatch import receiver
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitoringSettings:
+    """`settings.MONITORING` with lower-case names; every key may be left out.
+
+    `otlp_endpoint`: where spans go, `host:port` or URL; empty is the exporter's own default, localhost:4317.
+    `sampling_rate`: share of traces that are exported, 0.0 to 1.0.
+    """
+
+    service_name: str = "django"
+    service_version: str = ""
+    environment: str = "dev"
+    log_format: str = "json"
+    log_level: str = "INFO"
+    tracing_enabled: bool = False
+    otlp_endpoint: str = ""
+    sampling_rate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.log_format not in ("json", "text"):
+            raise ImproperlyConfigured(f"LOG_FORMAT must be json or text, not {self.log_format!r}")
+        if self.log_level not in logging.getLevelNamesMapping():
+            raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
+        if not 0.0 <= self.sampling_rate <= 1.0:
+            raise ImproperlyConfigured(f"SAMPLING_RATE must be from 0.0 to 1.0, not {self.sampling_rate!r}")
+
+
+@cache
+def monitoring_settings() -> MonitoringSettings:
+    """Parse `settings.MONITORING`. Raises ImproperlyConfigured for an unknown key or a bad value."""
+    given: dict[str, Any] = getattr(settings, "MONITORING", {})
+    try:
+        return MonitoringSettings(**{key.lower(): value for key, value in given.items()})
+    except TypeError as error:
+        raise ImproperlyConfigured(f"MONITORING: {error}") from error
+
+
+@receiver(setting_changed)
+def _forget_settings(*, setting: str, **_: object) -> None:
+    if setting == "MONITORING":
+        monitoring_settings.cache_clear()
+
+
+_role = ""
+
+
+def service_name() -> str:
+    """Name of this process in metrics, logs and traces: `voicehelper`, in the relay `voicehelper-relay`."""
+    name = monitoring_settings().service_name
+    return f"{name}-{_role}" if _role else name
+
+
+@contextmanager
+def process_role(role: str) -> Iterator[None]:
+    """Make `service_name()` say which worker this process is, for the time of the block."""
+    global _role
+    previous, _role = _role, role
+    try:
+        yield
+    finally:
+        _role = previous

@@ -1,0 +1,1 @@
+"""The smallest Django project that uses monitoring, and nothing else of this repository."""
