@@ -261,17 +261,19 @@ def test_another_cluster_is_noticed_and_the_cursor_carried_over(emit, topic_read
     for number in range(6):
         emit("c1", number)
     ids = list(OutboxEvent.objects.order_by("id").values_list("id", flat=True))
+    old = OutboxEvent.objects.latest("id").transaction_id + 1_000_000  # the old cluster was far ahead
     with connection.cursor() as cursor:
-        for id_, xid in zip(ids, (900, 901, 5_000_000, 5_000_001, 5_000_002, 6_000_000), strict=True):
+        for id_, xid in zip(ids, (1, 2, 1001, 1002, 1003, 5000), strict=True):
             cursor.execute(
-                "UPDATE events_outbox_outboxevent SET transaction_id = %s::text::xid8 WHERE id = %s", [str(xid), id_]
+                "UPDATE events_outbox_outboxevent SET transaction_id = %s::text::xid8 WHERE id = %s",
+                [str(old + xid), id_],
             )
         cursor.execute(
             """INSERT INTO events_outbox_relaycursor (id, published, "window", window_last_id, system_identifier,
-                   leader, last_error) VALUES (1, '1000:1000:', '5999999:5999999:', %s, 42, '', '')""",
-            [ids[3]],
+                   leader, last_error) VALUES (1, %s, %s, %s, 42, '', '')""",
+            [f"{old + 1000}:{old + 1000}:", f"{old + 2000}:{old + 2000}:", ids[3]],
         )
-    emit("c1", 6)  # written in the new cluster, with a small transaction id
+    emit("c1", 6)  # written in the new cluster, whose transaction ids the old snapshot would take for seen
     publish()
     assert numbers_by_key(topic_reader.read(3)) == {"c1": [4, 5, 6]}
     assert len(topic_reader.read_rest()) == 3
