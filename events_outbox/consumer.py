@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from django.db import DatabaseError, InterfaceError, OperationalError, connection, transaction
+from django.db import OperationalError, connection, transaction
 
 from monitoring import metrics
 
@@ -32,9 +32,11 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 RECONNECT_SECONDS = 1.0
 LAG_SECONDS = 2.0
-# Deadlocks and serialization failures say nothing about the event: tried again without spending its retries.
-_CONFLICTS = frozenset({"40001", "40P01"})
-_MAX_CONFLICTS = 20
+DISTURBED_SECONDS = 0.05
+# They say nothing about the event, so trying again costs it no retries: serialization failure, deadlock; server
+# shutdown, crash and start, session ended; too many connections.
+_DISTURBANCES = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "57P05", "53300"})
+_MAX_DISTURBANCES = 20
 
 Partition = tuple[str, int]
 
@@ -311,23 +313,29 @@ class ConsumerProcess:
             metrics.CONSUMER_DUPLICATES.labels(self.consumer.name).inc(duplicates)
 
     def _in_transaction(self, work: Callable[[], None]) -> None:
-        """Run `work` in one transaction; wait for a database that is away, repeat after a conflict."""
-        conflicts = 0
+        """Run `work` in one transaction; wait for a database that is away, repeat what was merely disturbed.
+
+        A connection lost in the middle is only a disturbance so often: an event whose handling ends the connection
+        each time must not block its partition for ever.
+        """
+        disturbances = 0
         while True:
+            try:
+                connection.ensure_connection()
+            except OperationalError as error:
+                logger.warning("database away, waiting", extra={"error": str(error).strip()})
+                self._wait(RECONNECT_SECONDS)
+                continue
             try:
                 with transaction.atomic():
                     work()
                 return
-            except DatabaseError as error:
-                if _is_conflict(error) and conflicts < _MAX_CONFLICTS:
-                    conflicts += 1
-                    self._wait(0.01 * conflicts)
-                elif _is_connection_lost(error):
-                    logger.warning("database away, waiting", extra={"error": str(error).strip()})
-                    connection.close()
-                    self._wait(RECONNECT_SECONDS)
-                else:
+            except OperationalError as error:
+                if not _is_disturbance(error) or disturbances == _MAX_DISTURBANCES:
                     raise
+                disturbances += 1
+                logger.warning("transaction disturbed, repeating it", extra={"error": str(error).strip()})
+                self._wait(DISTURBED_SECONDS * disturbances)
 
     def _mark_processed(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Insert the processed marks; return the deliveries that had none, each event once, in order."""
@@ -452,11 +460,10 @@ def _calls(deliveries: Sequence[Delivery]) -> list[tuple[Handler, list[Event]]]:
     return [(handler, events) for (_, handler), events in sorted(calls.items(), key=lambda call: call[0][0])]
 
 
-def _is_conflict(error: DatabaseError) -> bool:
-    return getattr(error.__cause__, "sqlstate", None) in _CONFLICTS
+def _is_disturbance(error: OperationalError) -> bool:
+    """Whether the error speaks of the connection or of other transactions, and not of this one's statements.
 
-
-def _is_connection_lost(error: DatabaseError) -> bool:
-    if not isinstance(error, OperationalError | InterfaceError):
-        return False
-    return connection.connection is None or connection.connection.closed or not connection.is_usable()
+    The connection itself cannot be asked: leaving the block, Django has replaced it already.
+    """
+    state = getattr(error.__cause__, "sqlstate", None)
+    return state is None or state.startswith("08") or state in _DISTURBANCES

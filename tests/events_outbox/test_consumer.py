@@ -337,7 +337,7 @@ def test_stop_ends_the_process_with_the_event_unhandled(make_consumer, emit):
 
 
 def test_a_lost_database_is_waited_out_and_costs_no_retries(make_consumer, emit, monkeypatch):
-    monkeypatch.setattr("events_outbox.consumer.RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr("events_outbox.consumer.DISTURBED_SECONDS", 0.001)
     consumer, attempts = make_consumer(), []
 
     @consumer.handles("conversation.created")
@@ -351,6 +351,38 @@ def test_a_lost_database_is_waited_out_and_costs_no_retries(make_consumer, emit,
     handle(consumer, [record_of(emit("c1"))])
     assert len(attempts) == 9 and Group.objects.count() == 1
     assert not DeadLetter.objects.exists()
+
+
+def test_an_event_that_always_ends_the_connection_becomes_a_dead_letter(make_consumer, emit, monkeypatch):
+    monkeypatch.setattr("events_outbox.consumer.DISTURBED_SECONDS", 0)
+    consumer = make_consumer(retry=RetryPolicy(max_retries=0))
+
+    @consumer.handles("conversation.created")
+    def on_created(event):
+        if event.aggregate_id == "bad":
+            with connection.cursor() as cursor:
+                cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        Group.objects.create(name=event.aggregate_id)
+
+    handle(consumer, [record_of(emit("bad"), 0), record_of(emit("good"), 1)])
+    assert DeadLetter.objects.get().reason == "failed"
+    assert Group.objects.get().name == "good"
+
+
+@pytest.mark.parametrize("state", ["40001", "40P01"])
+def test_conflicts_between_transactions_cost_no_retries(make_consumer, emit, monkeypatch, state):
+    monkeypatch.setattr("events_outbox.consumer.DISTURBED_SECONDS", 0.001)
+    consumer, attempts = make_consumer(retry=RetryPolicy(max_retries=0)), []
+
+    @consumer.handles("conversation.created")
+    def on_created(event):
+        attempts.append(event)
+        if len(attempts) < 5:
+            with connection.cursor() as cursor:
+                cursor.execute(f"DO $$ BEGIN RAISE EXCEPTION 'conflict' USING ERRCODE = '{state}'; END $$")
+
+    handle(consumer, [record_of(emit("c1"))])
+    assert len(attempts) == 5 and not DeadLetter.objects.exists()
 
 
 # -- through a broker ------------------------------------------------------------------------------------------------
