@@ -40,7 +40,7 @@ class RelayCursor(models.Model):
     last_error = models.TextField(default="", help_text="What the leader is waiting for; empty when all is well.")
 
     class Meta:
-        verbose_name = "relay cursor"
+        verbose_name = verbose_name_plural = "relay cursor"
         constraints = [models.CheckConstraint(condition=Q(id=1), name="relay_cursor_is_one_row")]
 
     def __str__(self) -> str:

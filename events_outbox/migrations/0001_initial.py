@@ -171,6 +171,7 @@ class Migration(migrations.Migration):
             ],
             options={
                 "verbose_name": "relay cursor",
+                "verbose_name_plural": "relay cursor",
                 "constraints": [models.CheckConstraint(condition=models.Q(("id", 1)), name="relay_cursor_is_one_row")],
             },
         ),
