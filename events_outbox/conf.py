@@ -54,6 +54,12 @@ class OutboxSettings:
         for name in ("BATCH_SIZE", "CONSUMER_BATCH_SIZE"):
             if not 1 <= getattr(self, name) <= 10_000:
                 raise ImproperlyConfigured(f"EVENTS_OUTBOX[{name!r}] must be from 1 to 10000")
+        for name in ("LEADER_POLL_SECONDS", "IDLE_POLL_MAX_SECONDS"):
+            if not 0 < getattr(self, name) <= self.LEADER_SESSION_TIMEOUT_SECONDS / 2:
+                raise ImproperlyConfigured(
+                    f"EVENTS_OUTBOX[{name!r}] must be above 0 and at most half of LEADER_SESSION_TIMEOUT_SECONDS: "
+                    "a relay that pauses longer loses its database session"
+                )
         if self.ACKS not in ("all", "1"):
             raise ImproperlyConfigured(f'EVENTS_OUTBOX["ACKS"] is {self.ACKS!r}: use "all" (safe) or "1"')
 

@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 RECONNECT_SECONDS = 1.0
+LEAVE_SECONDS = 5.0
 LAG_SECONDS = 2.0
 DISTURBED_SECONDS = 0.05
 # They say nothing about the event, so trying again costs it no retries: serialization failure, deadlock; server
@@ -49,11 +50,15 @@ class _Stopping(Exception):
     """Told to stop while waiting; the work in flight is not done."""
 
 
+class _ClientBroken(Exception):
+    """The Kafka client failed while waiting; the work in flight is not done. A new client begins at its offsets."""
+
+
 class ConsumerProcess:
     """Runs one `Consumer` until told to stop.
 
-    `batch_size`: None takes EVENTS_OUTBOX["CONSUMER_BATCH_SIZE"]. `on_tick` is called at least once a second
-    between handlers: the sign of life for a health check.
+    `batch_size`: None takes EVENTS_OUTBOX["CONSUMER_BATCH_SIZE"]. `on_tick` is called at least once a second,
+    but for the time that a single handler takes: the sign of life for a health check.
     """
 
     def __init__(
@@ -62,9 +67,13 @@ class ConsumerProcess:
         self.consumer = consumer
         self._batch_size = batch_size or outbox_settings().CONSUMER_BATCH_SIZE
         self._on_tick = on_tick
-        self._stopping = threading.Event()
+        # A plain flag: an Event's lock can be held by the very wait that a signal handler interrupts.
+        self._stopping = False
         self._client: KafkaClient | None = None
         self._owned: set[Partition] = set()
+        # Partitions lost since the batch began. One that comes back begins again at its committed offset, so the
+        # batch must leave it alone: its own idea of what is done there would run ahead of that.
+        self._gone: set[Partition] = set()
         self._done: dict[Partition, int] = {}
         self._held: list[Message] = []
         self._last_poll = self._last_lag = 0.0
@@ -82,8 +91,8 @@ class ConsumerProcess:
             metrics.CONSUMER_DEAD_LETTERED.labels(name, reason.value)
 
     def stop(self) -> None:
-        """Ask the consumer to stop; safe in a signal handler. The batch in flight is finished."""
-        self._stopping.set()
+        """Ask the consumer to stop; safe in a signal handler. The batch in flight is finished or rolled back."""
+        self._stopping = True
 
     def run(self, *, until_idle_seconds: float | None = None) -> None:
         """Consume until `stop()`. Brokers and databases that are away are waited for.
@@ -91,8 +100,8 @@ class ConsumerProcess:
         `until_idle_seconds`: return when partitions are assigned and nothing came for so long.
         Raises ConsumerStopped when on_failure="stop" and an event cannot be handled.
         """
-        while not self._stopping.is_set():
-            self._client = make_consumer(self.consumer.group_id, self._broker_trouble)
+        while not self._stopping:
+            self._client = make_consumer(self.consumer.group_id, self._broker_trouble, self._on_commit)
             try:
                 self._client.subscribe(
                     self.consumer.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
@@ -101,22 +110,29 @@ class ConsumerProcess:
                 return
             except _Stopping:
                 return
-            except KafkaException as error:
+            except (KafkaException, _ClientBroken) as error:
                 logger.warning("Kafka client failed, starting a new one", extra={"error": str(error)})
-                self._stopping.wait(RECONNECT_SECONDS)
+                time.sleep(RECONNECT_SECONDS)
             finally:
-                self._client.close()
+                self._leave(self._client)
+                self._client = None
                 self._owned.clear()
                 self._done.clear()
                 self._held.clear()
 
+    def _leave(self, client: KafkaClient) -> None:
+        """Leave the group. A broker that is frozen is not waited for: it drops the member by itself."""
+        leaving = threading.Thread(target=client.close, name="leave-group", daemon=True)
+        leaving.start()
+        leaving.join(LEAVE_SECONDS)
+
     def _consume(self, until_idle_seconds: float | None) -> None:
         last_work = time.monotonic()
-        while not self._stopping.is_set():
+        while not self._stopping:
             records = self.poll_batch()
             if records:
                 self.handle_batch(records)
-                self._commit(self._owned)
+                self._commit(self._require_client(), {_partition(record) for record in records})
             if records or not self._owned:
                 last_work = time.monotonic()
             elif until_idle_seconds is not None and time.monotonic() - last_work >= until_idle_seconds:
@@ -160,9 +176,9 @@ class ConsumerProcess:
         self._owned |= {(p.topic, p.partition) for p in partitions}
         logger.info("partitions assigned", extra={"partitions": [f"{p.topic}/{p.partition}" for p in partitions]})
 
-    def _on_revoke(self, _client: KafkaClient, partitions: list[TopicPartition]) -> None:
+    def _on_revoke(self, client: KafkaClient, partitions: list[TopicPartition]) -> None:
         revoked = {(p.topic, p.partition) for p in partitions}
-        self._commit(revoked)
+        self._commit(client, revoked)
         self._forget(revoked)
         logger.info("partitions revoked", extra={"partitions": [f"{t}/{p}" for t, p in sorted(revoked)]})
 
@@ -173,6 +189,8 @@ class ConsumerProcess:
 
     def _forget(self, partitions: set[Partition]) -> None:
         self._owned -= partitions
+        self._gone |= partitions
+        self._held = [m for m in self._held if (m.topic(), m.partition()) not in partitions]
         for topic, partition in partitions:
             self._done.pop((topic, partition), None)
             metrics.CONSUMER_LAG.remove(self.consumer.name, topic, str(partition))
@@ -187,6 +205,7 @@ class ConsumerProcess:
 
         Raises ConsumerStopped as `run()` does.
         """
+        self._gone.clear()
         deliveries = [delivery for record in records if (delivery := self._read(record)) is not None]
         metrics.CONSUMER_SKIPPED.labels(self.consumer.name).inc(len(records) - len(deliveries))
         if deliveries and not self._try_transaction(deliveries):
@@ -206,16 +225,24 @@ class ConsumerProcess:
         except UnreadableRecord as error:
             if handler is None and error.reason == DeadLetter.Reason.PAYLOAD_MISMATCH:
                 return None
-            return Delivery(record, uuid.UUID(base.event_id), None, None, error, base.event_type, base.tenant_id)
+            event_id = uuid.UUID(base.event_id)
+            return Delivery(record, event_id, unreadable=error, event_type=base.event_type, tenant_id=base.tenant_id)
         if handler is None:
             return None
-        return Delivery(record, event.event_id, event, handler, None, event.event_type, event.tenant_id)
+        return Delivery(
+            record,
+            event.event_id,
+            event=event,
+            handler=handler,
+            event_type=event.event_type,
+            tenant_id=event.tenant_id,
+        )
 
     def _try_transaction(self, deliveries: Sequence[Delivery]) -> bool:
         """The fast way: all in one transaction. False: something raised, and nothing was done."""
         try:
             self._transaction(deliveries)
-        except (_Stopping, ConsumerStopped):
+        except (_Stopping, _ClientBroken):
             raise
         except Exception as error:
             logger.info(
@@ -227,10 +254,9 @@ class ConsumerProcess:
 
     def _handle_one_by_one(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
-            if time.monotonic() - self._last_poll > 1:
-                self._wait(0)
-            if self._client is not None and _partition(delivery.record) not in self._owned:
-                continue  # taken from us meanwhile; its new owner handles it
+            self._breathe()
+            if _partition(delivery.record) in self._gone:
+                continue  # its new owner handles it
             self._handle_alone(delivery)
             self._note_done(delivery.record)
 
@@ -240,7 +266,7 @@ class ConsumerProcess:
             try:
                 self._transaction([delivery])
                 return
-            except _Stopping:
+            except (_Stopping, _ClientBroken):
                 raise
             except Exception as error:
                 permanent = isinstance(error, PermanentEventError)
@@ -302,7 +328,7 @@ class ConsumerProcess:
                 if self.consumer.on_failure == "park_key":
                     parked.add((delivery.record.topic, delivery.record.key))
             for handler, events in _calls(handled):
-                call_handler(self.consumer.name, handler, events)
+                call_handler(self.consumer.name, handler, events, between=self._breathe)
 
         self._in_transaction(work)
         self._count_dead_letters(dead)
@@ -329,6 +355,10 @@ class ConsumerProcess:
             try:
                 with transaction.atomic():
                     work()
+                    with connection.cursor() as cursor:
+                        # A handler that swallowed a database error has broken the transaction: its commit would
+                        # be a silent rollback of the whole batch. This raises then.
+                        cursor.execute("SELECT 1")
                 return
             except OperationalError as error:
                 if not _is_disturbance(error) or disturbances == _MAX_DISTURBANCES:
@@ -354,48 +384,66 @@ class ConsumerProcess:
     # -- offsets and waiting -------------------------------------------------------------------------------------
 
     def _note_done(self, record: Record) -> None:
-        if self._client is None or _partition(record) in self._owned:
+        if _partition(record) not in self._gone:
             self._done[_partition(record)] = record.offset + 1
 
-    def _commit(self, partitions: set[Partition]) -> None:
-        """Commit the offsets of what is done. A failure costs a redelivery, which the processed marks absorb."""
-        offsets = [TopicPartition(t, p, offset) for (t, p), offset in self._done.items() if (t, p) in partitions]
+    def _commit(self, client: KafkaClient, partitions: set[Partition]) -> None:
+        """Send the offsets of what is done, without waiting: a broker that is frozen must not freeze us.
+
+        It goes out ahead of what follows, such as leaving the group. Whatever fails costs a redelivery, which the
+        processed marks absorb.
+        """
+        offsets = [TopicPartition(t, p, self._done[t, p]) for t, p in partitions if (t, p) in self._done]
         if not offsets:
             return
         try:
-            self._require_client().commit(offsets=offsets, asynchronous=False)
+            client.commit(offsets=offsets, asynchronous=True)
         except KafkaException as error:
-            logger.warning("offsets not committed", extra={"error": str(error)})
-            return
-        for offset in offsets:
-            self._done.pop((offset.topic, offset.partition), None)
+            self._on_commit(error.args[0], offsets)
+
+    def _on_commit(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        errors = [error, *(offset.error for offset in offsets)]
+        if failed := next((e for e in errors if e is not None), None):
+            logger.warning("offsets not committed", extra={"error": failed.str()})
+
+    def _breathe(self) -> None:
+        """Between events: show life, and poll often enough to stay in the group. Raises _Stopping."""
+        if time.monotonic() - self._last_poll > 1:
+            self._wait(0)
 
     def _wait(self, seconds: float) -> None:
         """Wait without leaving the group: partitions are paused and polling goes on.
 
-        Raises _Stopping when told to stop.
+        Raises _Stopping when told to stop, _ClientBroken when the client fails.
         """
         deadline = time.monotonic() + seconds
-        client = self._client
-        if client is not None:
-            client.pause(client.assignment())
         try:
-            while True:
-                if self._stopping.is_set():
-                    raise _Stopping
-                remaining = min(max(deadline - time.monotonic(), 0), POLL_SECONDS)
-                if client is None:
-                    self._stopping.wait(remaining)
-                elif (message := client.poll(remaining)) is not None:
-                    self._held.append(message)  # of a partition that was assigned during the wait
-                    client.pause(client.assignment())
-                self._last_poll = time.monotonic()
-                self._on_tick()
-                if time.monotonic() >= deadline:
-                    return
-        finally:
-            if client is not None:
-                client.resume(client.assignment())
+            self._pause()
+            try:
+                while True:
+                    if self._stopping:
+                        raise _Stopping
+                    self._poll_paused(min(max(deadline - time.monotonic(), 0), POLL_SECONDS))
+                    self._on_tick()
+                    if time.monotonic() >= deadline:
+                        return
+            finally:
+                if self._client is not None:
+                    self._client.resume(self._client.assignment())
+        except KafkaException as error:
+            raise _ClientBroken(str(error)) from error
+
+    def _pause(self) -> None:
+        if self._client is not None:
+            self._client.pause(self._client.assignment())
+
+    def _poll_paused(self, seconds: float) -> None:
+        if self._client is None:
+            time.sleep(seconds)
+        elif (message := self._client.poll(seconds)) is not None:
+            self._held.append(message)  # of a partition that was assigned during the wait
+            self._pause()
+        self._last_poll = time.monotonic()
 
     def _measure_lag(self) -> None:
         if time.monotonic() - self._last_lag < LAG_SECONDS or not self._owned:
@@ -416,6 +464,10 @@ class ConsumerProcess:
 
 
 def _record(message: Message) -> Record:
+    try:
+        headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
+    except (SystemError, UnicodeDecodeError):
+        headers = []  # a name that is not UTF-8: the client cannot show them, but key and value are there
     # A consumed message has a place; only its type allows for one that has none.
     return Record(
         topic=message.topic() or "",
@@ -423,7 +475,7 @@ def _record(message: Message) -> Record:
         offset=cast(int, message.offset()),
         key=message.key(),
         value=message.value(),
-        headers=cast("list[tuple[str, bytes | None]]", message.headers() or []),
+        headers=headers,
         timestamp_ms=message.timestamp()[1],
     )
 

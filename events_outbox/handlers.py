@@ -168,7 +168,10 @@ class Consumer:
         return register
 
     def handles_batch(self, *event_types: str) -> Callable[[BatchFunction], BatchFunction]:
-        """Register a function of many events, called with those of a batch that are its to handle, in order."""
+        """Register a function of many events, called with those of a batch that are its to handle, in order.
+
+        An event it emits gets no causation or correlation by itself, as several may have caused it: give them.
+        """
 
         def register(function: BatchFunction) -> BatchFunction:
             self._register(event_types, Handler(function, is_batch=True))
@@ -229,14 +232,21 @@ def consumers() -> list[Consumer]:
     return [_consumers[name] for name in sorted(_consumers)]
 
 
-def call_handler(consumer_name: str, handler: Handler, events: list[Event]) -> None:
-    """Run a handler on events that are its to handle, in order, with their context, spans and duration."""
+def call_handler(
+    consumer_name: str, handler: Handler, events: list[Event], between: Callable[[], None] = lambda: None
+) -> None:
+    """Run a handler on events that are its to handle, in order, with their context, spans and duration.
+
+    `between` is called before each call of the handler.
+    """
     started = time.perf_counter()
     if handler.is_batch:
+        between()
         with _batch_span(events):
             handler.function(events)
     else:
         for event in events:
+            between()
             with handling(event), _event_span(event):
                 handler.function(event)
     metrics.CONSUMER_HANDLER_SECONDS.labels(consumer_name, handler.name).observe(time.perf_counter() - started)

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from confluent_kafka import (
-    OFFSET_INVALID,
     Consumer,
     KafkaError,
     KafkaException,
@@ -77,8 +76,12 @@ def make_producer(on_error: Callable[[KafkaError], None]) -> Producer:
     return _make(Producer, {**producer_settings(), "error_cb": on_error})
 
 
-def make_consumer(group_id: str, on_error: Callable[[KafkaError], None]) -> Consumer:
-    """Return a consumer of the group that commits only what it is told to.
+def make_consumer(
+    group_id: str,
+    on_error: Callable[[KafkaError], None],
+    on_commit: Callable[[KafkaError | None, list[TopicPartition]], None],
+) -> Consumer:
+    """Return a consumer of the group that commits only what it is told to; `on_commit` hears how that went.
 
     Raises ImproperlyConfigured when librdkafka refuses the settings.
     """
@@ -93,11 +96,14 @@ def make_consumer(group_id: str, on_error: Callable[[KafkaError], None]) -> Cons
             "auto.offset.reset": "earliest",
             "partition.assignment.strategy": "cooperative-sticky",
             "reconnect.backoff.max.ms": 1000,
+            # How long a request to a frozen broker is waited for, and so a stop in the worst case.
+            "socket.timeout.ms": 10_000,
             # Bounds the memory of what is fetched ahead.
             "queued.max.messages.kbytes": 16384,
             **conf.KAFKA,
             **conf.KAFKA_CONSUMER,
             "error_cb": on_error,
+            "on_commit": on_commit,
         },
     )
 
@@ -142,7 +148,6 @@ def create_topics(timeout_seconds: float = 30.0) -> list[str]:
 
 
 __all__ = [
-    "OFFSET_INVALID",
     "RECORD_REFUSALS",
     "Consumer",
     "KafkaError",

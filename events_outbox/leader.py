@@ -48,7 +48,9 @@ def open_session() -> psycopg.Connection[Any]:
     parameters = connections[DEFAULT_DB_ALIAS].get_connection_params()
     for django_only in ("cursor_factory", "context", "pool"):
         parameters.pop(django_only, None)
-    parameters |= {"autocommit": True, "application_name": APPLICATION_NAME, "connect_timeout": 5}
+    # The keepalives of this side: a database whose host is lost must not hang the relay for many minutes.
+    keepalives = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+    parameters |= {"autocommit": True, "application_name": APPLICATION_NAME, "connect_timeout": 5, **keepalives}
     session = psycopg.connect(**parameters)
     timeout_seconds = outbox_settings().LEADER_SESSION_TIMEOUT_SECONDS
     for name, value in (
@@ -56,6 +58,8 @@ def open_session() -> psycopg.Connection[Any]:
         ("tcp_keepalives_idle", "3"),
         ("tcp_keepalives_interval", "1"),
         ("tcp_keepalives_count", "3"),
+        # The window of a long outage may take its time; a role's own limit is meant for requests.
+        ("statement_timeout", "0"),
         # A cursor is read to its end here; the default plans for its first tenth.
         ("cursor_tuple_fraction", "1"),
     ):
@@ -89,10 +93,6 @@ class Leader:
                 VALUES (1, %s, 0, '', '') ON CONFLICT DO NOTHING""",
             [str(NOTHING_SEEN)],
         )
-        execute(
-            f"UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now() WHERE id = 1",
-            [f"{socket.gethostname()}:{os.getpid()}"],
-        )
         published, window, last_id, cursors_cluster, cluster = execute(
             f"""SELECT c.published::text, c."window"::text, c.window_last_id, c.system_identifier,
                        control.system_identifier
@@ -102,36 +102,60 @@ class Leader:
         self.window = PgSnapshot.parse(window) if window else None
         self.window_last_id = last_id
         if cursors_cluster not in (None, cluster):
-            self._rebase()
-        execute(f"UPDATE {_CURSOR} SET system_identifier = %s", [cluster])
+            self._rebase(cluster)
+        execute(
+            f"""UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now(), system_identifier = %s""",
+            [f"{socket.gethostname()}:{os.getpid()}", cluster],
+        )
         self.load_parked_keys()
 
     def load_parked_keys(self) -> None:
         rows = self.session.execute(f"SELECT DISTINCT topic, aggregate_id FROM {_UNDELIVERABLE}")
         self.parked_keys = {(topic, aggregate_id) for topic, aggregate_id in rows}
 
-    def _rebase(self) -> None:
+    def _rebase(self, cluster: int) -> None:
         """Carry the cursor over to another cluster, after a restore or pg_upgrade.
 
-        The rows' transaction ids mean nothing there, but "visible in the old snapshot" is arithmetic and still
-        true. Unpublished rows get a transaction id of this cluster, published ones the frozen one. A row whose own
-        `xmin` is its transaction id was written in this cluster, so it is unpublished whatever the arithmetic says.
+        The rows' transaction ids may mean nothing there, but "visible in the old snapshot" is arithmetic and still
+        true of every row that was there when the cursor was last written. Unpublished rows get a transaction id of
+        this cluster, published ones the frozen one.
+
+        Rows written in this cluster since the cursor's row was written in it (by the restore, or before pg_upgrade)
+        are unpublished whatever the arithmetic says. They are those whose transaction id is not below that of the
+        cursor's row, nor above that of their own row, which in a savepoint is higher. A restored row can be taken
+        for one of them by chance: it is published once more.
         """
         start = take_snapshot(self.session)  # before the update: what the update stamps must not be seen by it
         window = str(self.window) if self.window else None
         with self.session.transaction():
             stamped = self.session.execute(
-                f"""UPDATE {_OUTBOX} SET transaction_id = CASE
-                        WHEN transaction_id::text::numeric %% 4294967296 = xmin::text::numeric THEN pg_current_xact_id()
+                f"""WITH now AS (SELECT pg_current_xact_id()::text::numeric AS xid),
+                    -- A row's xmin has 32 bits: the 64-bit id is the latest one with those bits.
+                    cursor AS (SELECT xid - mod(xid - c.xmin::text::numeric + 4294967296, 4294967296) AS xid
+                                 FROM {_CURSOR} c, now)
+                    UPDATE {_OUTBOX} o SET transaction_id = CASE
+                        WHEN transaction_id::text::numeric
+                             BETWEEN cursor.xid
+                                 AND now.xid - mod(now.xid - o.xmin::text::numeric + 4294967296, 4294967296)
+                        THEN pg_current_xact_id()
                         WHEN pg_visible_in_snapshot(transaction_id, %(published)s::pg_snapshot) THEN '2'::xid8
                         WHEN %(window)s::text IS NOT NULL AND id <= %(last_id)s
                              AND pg_visible_in_snapshot(transaction_id, %(window)s::pg_snapshot) THEN '2'::xid8
-                        ELSE pg_current_xact_id() END""",
+                        ELSE pg_current_xact_id() END
+                      FROM cursor, now""",
                 {"published": str(self.published), "window": window, "last_id": self.window_last_id},
             )
-            self.published, self.window, self.window_last_id = start, None, 0
+            self.advance(start, None)
             self._save()
+            self.session.execute(f"UPDATE {_CURSOR} SET system_identifier = %s", [cluster])
         logger.warning("cursor carried over to this database cluster", extra={"events": stamped.rowcount})
+
+    def advance(self, hi: PgSnapshot, last_id: int | None) -> None:
+        """Stand behind event `last_id` of the window up to `hi`; None: behind the whole window."""
+        if last_id is None:
+            self.published, self.window, self.window_last_id = hi, None, 0
+        else:
+            self.window, self.window_last_id = hi, last_id
 
     def save(self, parked: Sequence[Parked] = ()) -> None:
         """Write the cursor and a heartbeat, and park events, in one transaction."""
@@ -159,6 +183,16 @@ class Leader:
                 self.window_last_id,
                 self.last_error,
             ],
+        )
+
+    def widen_redrive_requests(self) -> None:
+        """Extend an operator's request to what was parked behind it since: a key is redriven whole or not at all."""
+        self.session.execute(
+            f"""UPDATE {_UNDELIVERABLE} u SET redrive_requested_at = now()
+                 WHERE redrive_requested_at IS NULL
+                   AND EXISTS (SELECT FROM {_UNDELIVERABLE} r
+                                WHERE (r.topic, r.aggregate_id) = (u.topic, u.aggregate_id)
+                                  AND r.redrive_requested_at IS NOT NULL)"""
         )
 
     def redrive_requests(self, limit: int) -> list[tuple[Any, ...]]:

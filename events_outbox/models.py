@@ -213,9 +213,8 @@ class DeadLetter(models.Model):
         verbose_name = "dead letter"
         ordering = ["-id"]
         constraints = [models.UniqueConstraint(fields=["consumer", "event_id"], name="dead_letter_once")]
-        indexes = [
-            models.Index(fields=["consumer", "topic", "key"], condition=Q(resolution=""), name="open_dead_letters")
-        ]
+        # Not by key: a key can be longer than an index entry may be.
+        indexes = [models.Index(fields=["consumer", "topic"], condition=Q(resolution=""), name="open_dead_letters")]
 
     def __str__(self) -> str:
         return f"{self.consumer} {self.event_id} {self.reason}"

@@ -2,25 +2,29 @@
 
 from django.db.models import Exists, OuterRef, Q
 
+from .conf import outbox_settings
 from .exceptions import LeadershipLost
 from .handlers import Consumer, consumers
 from .leader import Leader, open_session
 from .models import OutboxEvent, OutboxEventQuerySet, ProcessedEvent, RelayCursor
-from .relay import Relay
+from .relay import republish
 
 
 def replay_unhandled() -> int:
     """Publish again the events that are past the cursor and that some consumer has not handled. Return how many.
 
     For a broker that lost its records. Runs under the leader lock, so nothing is published beside it.
-    Raises LeadershipLost when a relay leads.
+    Raises LeadershipLost when a relay leads or the database session is lost, ProducerBroken when the Kafka client
+    fails.
     """
     with open_session() as session:
         leader = Leader(session)
         if not leader.try_lead():
             raise LeadershipLost("a relay leads: stop it first")
+        # This session idles while the other one looks through the whole table.
+        session.execute("SELECT set_config('idle_session_timeout', '0', false)")
         ids = unhandled(RelayCursor.read()).order_by("id").values_list("id", flat=True)
-        return Relay().publish_again(leader, ids.iterator())
+        return republish(leader, ids.iterator(), outbox_settings().BATCH_SIZE)
 
 
 def unhandled(cursor: RelayCursor) -> OutboxEventQuerySet:

@@ -73,7 +73,7 @@ class Migration(migrations.Migration):
                 "indexes": [
                     models.Index(
                         condition=models.Q(("resolution", "")),
-                        fields=["consumer", "topic", "key"],
+                        fields=["consumer", "topic"],
                         name="open_dead_letters",
                     )
                 ],

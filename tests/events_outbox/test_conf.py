@@ -23,6 +23,8 @@ def set_outbox(settings, **values):
         ({"BATCH_SIZE": 0}, "1 to 10000"),
         ({"CONSUMER_BATCH_SIZE": 10_001}, "1 to 10000"),
         ({"ACKS": "2"}, '"all"'),
+        ({"LEADER_POLL_SECONDS": 6}, "at most half of LEADER_SESSION_TIMEOUT_SECONDS"),
+        ({"IDLE_POLL_MAX_SECONDS": 0}, "above 0"),
         ({"KAFKA": []}, "must be a dict"),
     ],
 )

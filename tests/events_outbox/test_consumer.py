@@ -1,16 +1,21 @@
 """Consumers: effectively once, in order, retries, dead letters, parking, rebalance, stop."""
 
+import contextlib
+import itertools
 import random
+import subprocess
+import threading
 import uuid
 
 import pytest
+from confluent_kafka import Consumer as Client
 from confluent_kafka import Producer
 from django.contrib.auth.models import Group
-from django.db import connection, transaction
+from django.db import IntegrityError, connection, transaction
 from prometheus_client import REGISTRY
 
 from events_outbox import Consumer, PermanentEventError, RetryPolicy, dead_letters, emit_event, handlers
-from events_outbox.consumer import ConsumerProcess, ConsumerStopped
+from events_outbox.consumer import ConsumerProcess, ConsumerStopped, _Stopping
 from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent, RelayCursor
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.records import Record
@@ -175,6 +180,57 @@ def test_poison_becomes_dead_letters_with_its_raw_bytes_and_the_rest_is_handled(
     assert [letter.value and bytes(letter.value) for letter in letters] == values
     assert bytes(letters[0].key) == b"k\xff" and letters[0].text_headers() == [("h", "\x00\\xff")]
     assert counted("consumer_events_dead_lettered_total", consumer=consumer.name, reason="unparsable") == 4
+
+
+def test_poison_with_a_huge_key_is_kept_too(make_consumer):
+    consumer = make_consumer(on_failure="park_key")
+    key = random.Random(1).randbytes(6000)
+    handle(consumer, [Record(topic="t", partition=0, offset=n, key=key, value=b"junk") for n in range(2)])
+    assert [bytes(letter.key) for letter in DeadLetter.objects.all()] == [key, key]
+
+
+@pytest.mark.parametrize("swallow", ["orm", "sql"])
+@pytest.mark.parametrize("is_batch", [False, True])
+def test_a_handler_that_swallows_a_database_error_costs_nobody_elses_effects(make_consumer, emit, swallow, is_batch):
+    """Its transaction is broken, and the commit would be a silent rollback."""
+    consumer = make_consumer(retry=RetryPolicy(max_retries=0))
+    Group.objects.create(name="taken")
+
+    def create(event):
+        if event.aggregate_id != "taken":
+            Group.objects.create(name=event.aggregate_id)
+            return
+        with contextlib.suppress(IntegrityError):
+            if swallow == "orm":
+                Group.objects.create(name="taken")
+            else:
+                connection.cursor().execute("INSERT INTO auth_group (name) VALUES ('taken')")
+
+    if is_batch:
+        consumer.handles_batch("conversation.created")(lambda events: [create(event) for event in events])
+    else:
+        consumer.handles("conversation.created")(create)
+    handle(consumer, [record_of(emit(name), n) for n, name in enumerate(("g1", "g2", "taken"))])
+    assert set(Group.objects.values_list("name", flat=True)) == {"taken", "g1", "g2"}
+    assert DeadLetter.objects.get().reason == "failed"
+    assert ProcessedEvent.objects.count() == 3
+
+
+def test_a_long_batch_shows_life_and_can_be_stopped(make_consumer, emit):
+    consumer, ticks, seen = make_consumer(), [], []
+    process = ConsumerProcess(consumer, on_tick=lambda: ticks.append(None))
+
+    @consumer.handles("conversation.created")
+    def on_created(event):
+        seen.append(event)
+        process._last_poll -= 2  # as if it had taken two seconds
+        if len(seen) == 10:
+            process.stop()
+
+    with pytest.raises(_Stopping):
+        process.handle_batch([record_of(emit(f"c{n}"), n) for n in range(20)])
+    assert len(ticks) >= 9 and len(seen) == 10
+    assert not ProcessedEvent.objects.exists()  # rolled back, to be done again
 
 
 def test_types_without_a_handler_are_skipped_and_counted(make_consumer, emit):
@@ -465,28 +521,105 @@ def test_a_poisoned_topic_does_not_stop_the_consumer(make_consumer, emit, at_the
     assert kept == poison
 
 
+@pytest.mark.needs_tool("kcat")
+def test_a_header_name_that_is_no_text_does_not_stop_the_consumer(make_consumer, at_the_end, kafka):
+    consumer = make_consumer()
+    group_counter(consumer)
+    at_the_end(consumer)
+    command = ["kcat", "-P", "-b", kafka.bootstrap_servers, "-t", "conversation.events", "-H", b"\xff\xfe=1"]
+    subprocess.run(command, input=b"junk", check=True, timeout=30)
+    with in_thread(ConsumerProcess(consumer)):
+        letter = eventually(lambda: DeadLetter.objects.filter(consumer=consumer.name).first())
+    assert bytes(letter.value) == b"junk"
+
+
 def test_members_that_come_and_go_lose_and_double_nothing(make_consumer, emit, at_the_end):
     consumer = make_consumer()
     counts = group_counter(consumer)
     at_the_end(consumer)
-    total = 0
+    numbers = iter(range(10_000))
+    first, second = ConsumerProcess(consumer, batch_size=7), ConsumerProcess(consumer, batch_size=7)
 
     def emit_some(count):
-        nonlocal total
-        for _ in range(count):
-            emit(f"c{total % 10}", total)
-            total += 1
+        for number in itertools.islice(numbers, count):
+            emit(f"c{number % 30}", number)
 
-    with in_thread(Relay()), in_thread(ConsumerProcess(consumer, batch_size=7)):
+    with in_thread(Relay()), in_thread(first):
         emit_some(50)
-        eventually(lambda: len(counts()) > 10)
-        with in_thread(ConsumerProcess(consumer, batch_size=7)):
+        eventually(lambda: len(counts()) == 50)
+        with in_thread(second):
+            eventually(lambda: (emit_some(1), first._owned and second._owned)[1], 60)
+            before = len(counts())
             emit_some(100)
-            eventually(lambda: len(counts()) > 100)
+            eventually(lambda: len(counts()) >= before + 100)
             emit_some(50)
         emit_some(50)
+        total = next(numbers)
         eventually(lambda: len(counts()) == total, 60)
     assert counts() == dict.fromkeys(range(total), 1)
+
+
+def test_a_partition_that_is_lost_and_comes_back_in_one_batch_is_not_skipped(make_consumer, emit, at_the_end, kafka):
+    consumer = make_consumer(retry=RetryPolicy(max_retries=2, initial_delay_seconds=5, multiplier=1))
+    counts = group_counter(consumer)
+    count, attempts, other_left = consumer._handlers.pop("conversation.created").function, [], threading.Event()
+
+    @consumer.handles("conversation.created")
+    def fail_thrice_then_count(event):
+        attempts.append(event)
+        if len(attempts) <= 3:  # in the batch, then alone: two long waits
+            raise ValueError("not yet")
+        count(event)
+
+    at_the_end(consumer)
+    for number in range(60):
+        emit(f"c{number}", number)
+    Relay().run(until_empty=True)
+
+    def come_and_go():
+        """Another member takes some of the partitions during the first wait, and leaves during the second."""
+        other = Client(
+            {
+                "bootstrap.servers": kafka.bootstrap_servers,
+                "group.id": consumer.group_id,
+                "partition.assignment.strategy": "cooperative-sticky",
+                "enable.auto.commit": False,
+            }
+        )
+        other.subscribe(consumer.topics)
+        eventually(lambda: (other.poll(0.1), other.assignment())[1], 30)
+        eventually(lambda: len(attempts) >= 3, 30)
+        other.close()
+        other_left.set()
+
+    visitor = threading.Thread(target=come_and_go)
+    with in_thread(ConsumerProcess(consumer)):
+        eventually(lambda: len(attempts) >= 2, 30)
+        visitor.start()
+        eventually(lambda: counts() == dict.fromkeys(range(60), 1), 60)
+    visitor.join()
+    assert other_left.is_set()
+
+
+@pytest.mark.apache_kafka
+def test_a_broker_frozen_in_mid_batch_does_not_freeze_the_consumer(make_consumer, emit, at_the_end, kafka):
+    consumer, ticks = make_consumer(), []
+    counts = group_counter(consumer)
+    count = consumer._handlers.pop("conversation.created").function
+
+    @consumer.handles("conversation.created")
+    def count_and_freeze(event):
+        kafka.pause()
+        count(event)
+
+    at_the_end(consumer)
+    emit("c1", 0)
+    Relay().run(until_empty=True)
+    with in_thread(ConsumerProcess(consumer, on_tick=lambda: ticks.append(None))):
+        eventually(lambda: counts() == {0: 1})
+        before = len(ticks)
+        eventually(lambda: len(ticks) > before + 3)
+    # in_thread() has stopped it, within half a minute, while the broker was frozen
 
 
 def test_a_consumer_waits_for_a_broker_that_is_away(make_consumer, emit, at_the_end, kafka):

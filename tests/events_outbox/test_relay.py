@@ -6,6 +6,8 @@ from collections import defaultdict
 
 import psycopg
 import pytest
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import connection, transaction
@@ -14,6 +16,7 @@ from events_outbox import emit_event
 from events_outbox.leader import APPLICATION_NAME, Leader, open_session
 from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
 from events_outbox.proto.base_event_pb2 import BaseEvent
+from events_outbox.publisher import Publisher
 from events_outbox.relay import Relay
 from events_outbox.status import read_status
 from tests.events_outbox.conftest import eventually, in_thread
@@ -96,7 +99,9 @@ def test_a_relay_stopped_inside_a_window_goes_on_there(emit, topic_reader):
         assert leader.try_lead()
         relay = Relay(batch_size=3)
         relay.stop()
-        assert relay.publish_window(leader) == 3
+        publisher = Publisher(lambda what_for: None)
+        assert relay.publish_window(leader, publisher) == 3
+        publisher.close()
     cursor = RelayCursor.read()
     assert cursor.window is not None
     assert read_status().pending == 7
@@ -192,6 +197,53 @@ def test_a_record_too_large_is_parked_with_its_key_and_redriven_in_order(emit, t
     assert not UndeliverableEvent.objects.exists()
 
 
+def test_a_busy_key_is_redriven_whole(emit, topic_reader):
+    """Events that come in after the operator's click are redriven with those before them."""
+    emit("busy", 0)
+    publish()
+    row = emit("busy", 1)
+    UndeliverableEvent.objects.create(event=row, topic=row.topic, aggregate_id="busy", reason="x", error="x")
+    publish()  # past it, as the relay that parked it
+    numbers = iter(range(2, 1000))
+    topic_reader.read(1)
+    with in_thread(Relay()):
+        emit("busy", next(numbers))
+        eventually(lambda: UndeliverableEvent.objects.count() >= 2)
+        UndeliverableEvent.objects.update(redrive_requested_at="2026-01-01T00:00:00Z")
+        eventually(lambda: emit("busy", next(numbers)) and not UndeliverableEvent.objects.exists())
+        count = OutboxEvent.objects.count()
+        eventually(lambda: read_status().pending == 0)
+    assert numbers_by_key(topic_reader.read_rest())["busy"] == list(range(count))
+
+
+@pytest.mark.apache_kafka
+def test_small_events_are_not_undeliverable_because_their_batch_is_too_large(emit, kafka, settings):
+    topic = f"small.{random.randrange(10**9)}.events"
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    new = NewTopic(topic, num_partitions=1, replication_factor=1, config={"max.message.bytes": "5000"})
+    admin.create_topics([new])[topic].result(30)
+    kafka_settings(settings, TOPICS={"conversation": topic}, KAFKA_PRODUCER={"compression.type": "none"})
+    for number in range(60):
+        emit(f"c{number % 3}", number)
+    with transaction.atomic():
+        emit_event(
+            "conversation.created",
+            ConversationCreatedPayload(title="x" * 8000),
+            aggregate_id="big",
+            tenant_id="t1",
+            metadata={"number": "0"},
+        )
+    emit("big", 1)
+    publish()
+    assert list(UndeliverableEvent.objects.order_by("id").values_list("aggregate_id", "reason")) == [
+        ("big", "MSG_SIZE_TOO_LARGE"),
+        ("big", "behind"),
+    ]
+    reader = TopicReader(kafka.bootstrap_servers, [topic], from_start=True)
+    assert numbers_by_key(reader.read(60)) == {f"c{k}": list(range(k, 60, 3)) for k in range(3)}
+    reader.close()
+
+
 @pytest.mark.apache_kafka
 def test_a_topic_that_is_not_there_parks_its_events_only(emit, topic_reader, settings, kafka, no_topic_to_wait_for):
     settings.EVENTS_OUTBOX = {
@@ -214,6 +266,14 @@ def test_a_topic_that_is_not_there_parks_its_events_only(emit, topic_reader, set
     reader = TopicReader(kafka.bootstrap_servers, [missing], from_start=True)
     assert numbers_by_key(reader.read(3)) == {"c1": [0, 1, 2]}
     reader.close()
+
+
+def test_a_working_relay_shows_life(emit, kafka):
+    for number in range(30):
+        emit("c1", number)
+    ticks = []
+    Relay(batch_size=3, on_tick=lambda: ticks.append(None)).run(until_empty=True)
+    assert len(ticks) >= 10  # one a batch
 
 
 def test_a_standby_takes_over(emit, topic_reader):
@@ -244,7 +304,7 @@ def test_a_relay_whose_session_is_killed_leads_again_by_itself(emit, topic_reade
 
 
 def test_a_frozen_leader_loses_the_lead(settings):
-    kafka_settings(settings, LEADER_SESSION_TIMEOUT_SECONDS=1)
+    kafka_settings(settings, LEADER_SESSION_TIMEOUT_SECONDS=2)
     with open_session() as frozen:
         assert Leader(frozen).try_lead()
         with open_session() as standby:
@@ -273,11 +333,28 @@ def test_another_cluster_is_noticed_and_the_cursor_carried_over(emit, topic_read
                    leader, last_error) VALUES (1, %s, %s, %s, 42, '', '')""",
             [f"{old + 1000}:{old + 1000}:", f"{old + 2000}:{old + 2000}:", ids[3]],
         )
-    emit("c1", 6)  # written in the new cluster, whose transaction ids the old snapshot would take for seen
+    # Written in the new cluster, whose transaction ids the old snapshot would take for seen.
+    emit("c1", 6)
+    with transaction.atomic():
+        emit("c1", 7)  # in a savepoint
     publish()
-    assert numbers_by_key(topic_reader.read(3)) == {"c1": [4, 5, 6]}
-    assert len(topic_reader.read_rest()) == 3
+    assert numbers_by_key(topic_reader.read(4)) == {"c1": [4, 5, 6, 7]}
+    assert len(topic_reader.read_rest()) == 4
     assert read_status().pending == 0
+
+
+def test_after_pg_upgrade_nothing_published_comes_again(emit, topic_reader):
+    """The same rows and transaction ids, under another system identifier."""
+    for number in range(5):
+        emit("c1", number)
+    publish()
+    emit("c1", 5)
+    RelayCursor.objects.update(system_identifier=42)
+    emit("c1", 6)
+    publish()
+    publish()
+    assert numbers_by_key(topic_reader.read(7)) == {"c1": list(range(7))}
+    assert len(topic_reader.read_rest()) == 7
 
 
 def test_unhandled_events_are_published_again(emit, topic_reader):

@@ -324,7 +324,7 @@ def _raw_parameters():
     return {key: parameters[key] for key in ("host", "port", "dbname", "user") if key in parameters}
 
 
-def test_window_of_a_snapshot_is_the_rows_between(django_assert_num_queries):
+def test_window_of_a_snapshot_is_the_rows_between():
     with open_session() as session:
         for number in range(3):
             with transaction.atomic():

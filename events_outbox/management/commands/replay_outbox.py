@@ -2,6 +2,8 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from events_outbox.exceptions import LeadershipLost
+from events_outbox.publisher import ProducerBroken
 from events_outbox.replay import replay_unhandled
 
 
@@ -18,5 +20,8 @@ class Command(BaseCommand):
     def handle(self, **options: Any) -> None:
         if not options["unhandled"]:
             raise CommandError("say what to publish again: --unhandled")
-        count = replay_unhandled()
+        try:
+            count = replay_unhandled()
+        except (LeadershipLost, ProducerBroken) as error:
+            raise CommandError(str(error)) from error
         self.stdout.write(f"published {count} unhandled events again")
