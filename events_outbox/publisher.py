@@ -62,17 +62,17 @@ class Publisher:
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
             if span.is_recording():
                 _describe(span, rows)
-            refused = self._send(rows, blocked, parked)
+            refused = self._publish_in_order(rows, blocked, parked)
             # What was too large may have been the batch it was in, so each gets its turn alone.
             alone = [row for row in refused if self._refused[row[0]].code() == KafkaError.MSG_SIZE_TOO_LARGE]
             self._park([row for row in refused if row not in alone], blocked, parked)
             for row in alone:
-                self._park(self._send([row], blocked, parked), blocked, parked)
+                self._park(self._publish_in_order([row], blocked, parked), blocked, parked)
         _count_published(rows, parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
         return [parked[row[0]] for row in rows if row[0] in parked]
 
-    def _send(self, rows: Sequence[Row], blocked: set[Key], parked: dict[int, Parked]) -> list[Row]:
+    def _publish_in_order(self, rows: Sequence[Row], blocked: set[Key], parked: dict[int, Parked]) -> list[Row]:
         """Produce and flush; return the rows that were refused, in order."""
         self._refused.clear()
         for row in rows:

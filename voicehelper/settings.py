@@ -82,6 +82,9 @@ DATABASES: dict[str, Any] = {
         conn_health_checks=True,
     )
 }
+# A database whose host is gone is noticed within seconds, not after the system's many minutes.
+_timeouts = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+DATABASES["default"]["OPTIONS"] = {**_timeouts, **DATABASES["default"].get("OPTIONS", {})}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 AUTH_USER_MODEL = "identity.User"
