@@ -96,7 +96,7 @@ class ConsumerProcess:
             records = self.group.poll_batch(self._batch_size)
             if records:
                 self.handle_batch(records)
-                self.group.commit(records)
+            self.group.commit()
             if records or not self.group.owned:
                 last_work = time.monotonic()
             elif until_idle_seconds is not None and time.monotonic() - last_work >= until_idle_seconds:

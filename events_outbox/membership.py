@@ -47,6 +47,8 @@ class Membership:
         # batch must leave it alone: its own idea of what is done there would run ahead of that.
         self._gone: set[Partition] = set()
         self._done: dict[Partition, int] = {}
+        self._uncommitted: set[Partition] = set()
+        self._is_committing = False
         self._held: list[Message] = []
         self._client: KafkaClient | None = None
         self._last_poll = self._last_lag = 0.0
@@ -68,6 +70,8 @@ class Membership:
         self.owned.clear()
         self._done.clear()
         self._held.clear()
+        self._uncommitted.clear()
+        self._is_committing = False
 
     def poll_batch(self, size: int) -> list[Record]:
         """Return the next records, at most `size`, and begin a batch; none when nothing came in half a second.
@@ -117,6 +121,7 @@ class Membership:
         logger.info("partitions assigned", extra={"partitions": _names(partitions)})
 
     def _on_revoke(self, client: KafkaClient, partitions: list[TopicPartition]) -> None:
+        # It goes out ahead of the answer to the rebalance, or of leaving the group.
         self._send_offsets(client, {(p.topic, p.partition) for p in partitions})
         self._forget(partitions)
         logger.info("partitions revoked", extra={"partitions": _names(partitions)})
@@ -144,20 +149,24 @@ class Membership:
         """The database has what there is to do about this record and those before it."""
         if not self.has_lost(record):
             self._done[record.topic, record.partition] = record.offset + 1
+            self._uncommitted.add((record.topic, record.partition))
 
-    def commit(self, records: Sequence[Record]) -> None:
-        """Commit the offsets of the records' partitions as far as they are done."""
-        if self._client is not None:
-            self._send_offsets(self._client, {(record.topic, record.partition) for record in records})
+    def commit(self) -> None:
+        """Send the offsets of what is done, without waiting: a broker that is frozen must not freeze us.
+
+        One request is under way at a time: a broker takes longer for one than we may take for a batch, and the next
+        one carries what has been done since. Call it in every round, also of none.
+        """
+        if self._client is not None and self._uncommitted and not self._is_committing:
+            self._is_committing = True
+            self._send_offsets(self._client, self._uncommitted)
+            self._uncommitted = set()
 
     def _send_offsets(self, client: KafkaClient, partitions: set[Partition]) -> None:
-        """Send offsets without waiting: a broker that is frozen must not freeze us.
-
-        They go out ahead of what follows, such as leaving the group. Whatever fails costs a redelivery, which the
-        processed marks absorb.
-        """
+        """Whatever fails costs a redelivery, which the processed marks absorb."""
         offsets = [TopicPartition(t, p, self._done[t, p]) for t, p in partitions if (t, p) in self._done]
         if not offsets:
+            self._is_committing = False
             return
         try:
             client.commit(offsets=offsets, asynchronous=True)
@@ -165,6 +174,8 @@ class Membership:
             self._on_commit(error.args[0], offsets)
 
     def _on_commit(self, error: KafkaError | None, offsets: list[TopicPartition]) -> None:
+        """Called from poll() when the broker has answered."""
+        self._is_committing = False
         errors = [error, *(offset.error for offset in offsets)]
         if failed := next((e for e in errors if e is not None), None):
             logger.warning("offsets not committed", extra={"error": failed.str()})
