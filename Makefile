@@ -13,7 +13,7 @@ NO_SERVICES := DATABASE_URL=postgresql://127.0.0.1:1/unused KAFKA_BOOTSTRAP_SERV
 IS_3_11 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help up test lint format proto proto-check requirements clean
+.PHONY: help up test coverage lint format proto proto-check requirements clean
 
 help: ## list what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -23,6 +23,10 @@ up: $(INSTALLED) ## run everything on this machine; KAFKA=apache for Apache Kafk
 
 test: $(INSTALLED) ## the whole test suite; ARGS="-k relay -x" goes to pytest
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+coverage: $(INSTALLED) ## the test suite with branch coverage (of the test process, not of the processes it starts)
+	.venv/bin/coverage run -m pytest $(ARGS)
+	.venv/bin/coverage report --skip-covered --show-missing
 
 lint: $(INSTALLED) proto-check ## style, types, generated code, migrations, deployment checks
 	.venv/bin/ruff check .
