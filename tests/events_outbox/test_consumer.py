@@ -410,6 +410,25 @@ def test_a_lost_database_is_waited_out_and_costs_no_retries(make_consumer, emit,
     assert not DeadLetter.objects.exists()
 
 
+def test_a_database_that_takes_no_connections_is_waited_for(make_consumer, emit, monkeypatch):
+    monkeypatch.setattr("events_outbox.consumer.RECONNECT_SECONDS", 0.01)
+    consumer, seen, ticks = make_consumer(retry=RetryPolicy(max_retries=0)), [], []
+    consumer.handles("conversation.created")(seen.append)
+    record = record_of(emit("c1"))
+    there = connection.settings_dict["HOST"]
+
+    def database_comes_back():
+        ticks.append(None)
+        if len(ticks) == 5:
+            connection.settings_dict["HOST"] = there
+
+    connection.close()
+    monkeypatch.setitem(connection.settings_dict, "HOST", "/nowhere")
+    ConsumerProcess(consumer, on_tick=database_comes_back).handle_batch([record])
+    assert len(seen) == 1 and len(ticks) >= 5
+    assert not DeadLetter.objects.exists()
+
+
 def test_an_event_that_always_ends_the_connection_becomes_a_dead_letter(make_consumer, emit, monkeypatch):
     monkeypatch.setattr("events_outbox.consumer.DISTURBED_SECONDS", 0)
     consumer = make_consumer(retry=RetryPolicy(max_retries=0))

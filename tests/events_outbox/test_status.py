@@ -77,6 +77,13 @@ def test_commands_say_what_is_wrong(kafka):
         call_command("replay_outbox")
 
 
+def test_nothing_is_replayed_beside_a_leading_relay(kafka, capsys):
+    with in_thread(Relay()):
+        eventually(lambda: status(capsys)["leader"])
+        with pytest.raises(CommandError, match="a relay leads: stop it first"):
+            call_command("replay_outbox", unhandled=True)
+
+
 def test_create_topics_again_changes_nothing(kafka, capsys):
     call_command("create_topics")
     assert "exist" in capsys.readouterr().out or kafka.kind == "embedded"
