@@ -1,6 +1,7 @@
 """Membership of a consumer group: polling, what is ours, what is done, and waiting without being thrown out."""
 
 import logging
+import operator
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -239,9 +240,14 @@ def _names(partitions: Sequence[TopicPartition]) -> list[str]:
     return [f"{p.topic}/{p.partition}" for p in partitions]
 
 
+# The client returns a result *and* leaves an exception behind when a header's name is not UTF-8. A direct call, once
+# the interpreter has specialised it, does not look for one, and the next call of anything raises; this always looks.
+_headers_of = operator.methodcaller("headers")
+
+
 def _record(message: Message) -> Record:
     try:
-        headers = cast("list[tuple[str, bytes | None]]", message.headers() or [])
+        headers = cast("list[tuple[str, bytes | None]]", _headers_of(message) or [])
     except (SystemError, UnicodeDecodeError):
         headers = []  # a name that is not UTF-8: the client cannot show them, but key and value are there
     # A consumed message has a place; only its type allows for one that has none.
