@@ -1,5 +1,6 @@
 """The developer's stack: real processes, started and ended by every test."""
 
+import contextlib
 import fcntl
 import json
 import os
@@ -43,7 +44,10 @@ def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float 
 
 
 def is_gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @pytest.fixture
@@ -508,7 +512,7 @@ class TestUp:
         assert stack.counted_conversations() == 0
         assert stack.end(signal.SIGKILL) == -signal.SIGKILL
         for pid in stack.pids:
-            if not is_gone(pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(pid).resume()  # frozen, it could not see its parent's death
         stack.assert_nothing_is_left()
 
