@@ -586,6 +586,7 @@ def test_members_that_come_and_go_lose_and_double_nothing(make_consumer, emit, a
     assert counts() == dict.fromkeys(range(total), 1)
 
 
+@pytest.mark.apache_kafka  # the embedded broker rebalances too slowly to come and go within one batch
 def test_a_partition_that_is_lost_and_comes_back_in_one_batch_is_not_skipped(make_consumer, emit, at_the_end, kafka):
     consumer = make_consumer(retry=RetryPolicy(max_retries=2, initial_delay_seconds=5, multiplier=1))
     counts = group_counter(consumer)
