@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any, get_origin
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -13,11 +14,11 @@ from django.core.signals import setting_changed
 class OutboxSettings:
     """Values of `EVENTS_OUTBOX`; a key that is left out has the default shown here."""
 
-    KAFKA: dict[str, Any] = field(default_factory=dict)
+    KAFKA: dict[str, Any] = field(default_factory=dict, repr=False)
     """librdkafka settings of every client: `bootstrap.servers`, TLS, SASL."""
-    KAFKA_PRODUCER: dict[str, Any] = field(default_factory=dict)
+    KAFKA_PRODUCER: dict[str, Any] = field(default_factory=dict, repr=False)
     """librdkafka settings of the relay's producer, over the defaults in `kafka.py`."""
-    KAFKA_CONSUMER: dict[str, Any] = field(default_factory=dict)
+    KAFKA_CONSUMER: dict[str, Any] = field(default_factory=dict, repr=False)
     """librdkafka settings of every consumer, over the defaults in `kafka.py`."""
     KAFKA_IS_EMBEDDED: bool = False
     """The broker is the in-memory one for development: no topic administration, nothing kept."""
@@ -41,6 +42,14 @@ class OutboxSettings:
     """Domain (first part of the event type) -> topic."""
     TOPIC_PARTITIONS: int = 6
     TOPIC_REPLICATION_FACTOR: int = 1
+    TOPIC_RETENTION_DAYS: int = 7
+    """How long Kafka keeps records (`retention.ms` of the topics that `create_topics` makes)."""
+    PRUNE_AFTER_DAYS: int | None = None
+    """The leader deletes published events that are older; None keeps them, and so replayable, for ever."""
+    PROCESSED_KEEP_DAYS: int | None = None
+    """The leader deletes processed marks that are older; None keeps them for ever."""
+    PARTITION_ROWS: int | None = None
+    """Events a partition of the outbox, chosen before the first `migrate`; None is a plain table."""
     IDLE_POLL_MIN_SECONDS: float = 0.005
     """Shortest pause of an idle relay between two looks at the outbox."""
     IDLE_POLL_MAX_SECONDS: float = 0.1
@@ -60,6 +69,15 @@ class OutboxSettings:
                     f"EVENTS_OUTBOX[{name!r}] must be above 0 and at most half of LEADER_SESSION_TIMEOUT_SECONDS: "
                     "a relay that pauses longer loses its database session"
                 )
+        for name, least in (
+            ("TOPIC_RETENTION_DAYS", 1),
+            ("PRUNE_AFTER_DAYS", 1),
+            ("PROCESSED_KEEP_DAYS", 1),
+            ("PARTITION_ROWS", 1000),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ImproperlyConfigured(f"EVENTS_OUTBOX[{name!r}] is {value}; it must be at least {least}")
         if self.ACKS not in ("all", "1"):
             raise ImproperlyConfigured(f'EVENTS_OUTBOX["ACKS"] is {self.ACKS!r}: use "all" (safe) or "1"')
 
@@ -75,10 +93,13 @@ def outbox_settings() -> OutboxSettings:
     for name, value in given.items():
         if name not in known:
             raise ImproperlyConfigured(f"EVENTS_OUTBOX has no key {name!r}; it knows {', '.join(sorted(known))}")
-        expected: Any = get_origin(known[name].type) or known[name].type
-        is_int_for_float = expected is float and type(value) is int
-        if type(value) is not expected and not is_int_for_float:
-            raise ImproperlyConfigured(f"EVENTS_OUTBOX[{name!r}] is {value!r}; it must be a {expected.__name__}")
+        kind: Any = known[name].type
+        kinds = [get_origin(one) or one for one in (get_args(kind) if isinstance(kind, UnionType) else [kind])]
+        is_int_for_float = kinds == [float] and type(value) is int
+        if type(value) not in kinds and not is_int_for_float:
+            # The value is not shown: it may hold a password.
+            names = " or ".join("None" if one is NoneType else one.__name__ for one in kinds)
+            raise ImproperlyConfigured(f"EVENTS_OUTBOX[{name!r}] is a {type(value).__name__}; it must be a {names}")
     return OutboxSettings(**given)
 
 

@@ -38,6 +38,7 @@ class RelayCursor(models.Model):
     leader_since = models.DateTimeField(null=True)
     heartbeat_at = models.DateTimeField(null=True, help_text="When the leader last said that it works.")
     last_error = models.TextField(default="", help_text="What the leader is waiting for; empty when all is well.")
+    events_per_second = models.FloatField(default=0, help_text="Published over about the last ten seconds.")
 
     class Meta:
         verbose_name = verbose_name_plural = "relay cursor"
@@ -88,10 +89,10 @@ class OutboxEvent(models.Model):
     event_id = models.UUIDField(unique=True)
     event_type = models.CharField(max_length=128)
     event_version = models.CharField(max_length=16)
-    aggregate_id = models.CharField(max_length=255, db_index=True)
+    aggregate_id = models.CharField(max_length=255)
     tenant_id = models.CharField(max_length=255)
     topic = models.CharField(max_length=249)
-    correlation_id = models.CharField(max_length=255, db_index=True)
+    correlation_id = models.CharField(max_length=255)
     traceparent = models.CharField(max_length=55, default="")
     tracestate = models.CharField(max_length=512, default="")
     baggage = models.TextField(default="")
@@ -103,10 +104,21 @@ class OutboxEvent(models.Model):
     class Meta:
         verbose_name = "event"
         ordering = ["-id"]
-        indexes = [models.Index(fields=["transaction_id", "id"], name="outbox_window")]
+        # Few, since every emit pays for each. Not `db_index`, which adds a second one for LIKE.
+        indexes = [
+            models.Index(fields=["transaction_id", "id"], name="outbox_window"),
+            models.Index(fields=["aggregate_id"], name="outbox_aggregate"),
+            models.Index(fields=["correlation_id"], name="outbox_correlation"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.event_type} {self.event_id}"
+
+
+class UndeliverableEventQuerySet(models.QuerySet["UndeliverableEvent"]):
+    def open(self) -> "UndeliverableEventQuerySet":
+        """Parked events that nobody has discarded: they hold back the later ones of their key."""
+        return self.filter(discarded_at__isnull=True)
 
 
 class UndeliverableEvent(models.Model):
@@ -122,6 +134,11 @@ class UndeliverableEvent(models.Model):
     error = models.TextField()
     parked_at = models.DateTimeField(db_default=Now())
     redrive_requested_at = models.DateTimeField(null=True, help_text="Set by an operator; the leader redrives it.")
+    discarded_at = models.DateTimeField(null=True, help_text="Given up by an operator: it holds back nothing any more.")
+    discarded_by = models.CharField(max_length=150, default="", blank=True)
+    discard_reason = models.TextField(default="", blank=True)
+
+    objects: ClassVar[Any] = UndeliverableEventQuerySet.as_manager()
 
     class Meta:
         verbose_name = "undeliverable event"

@@ -1,0 +1,173 @@
+"""The outbox as a table partitioned by id range, for installations whose old events are dropped rather than deleted.
+
+Chosen by EVENTS_OUTBOX["PARTITION_ROWS"] before the first `migrate`. The leader makes partitions ahead and drops
+old ones whole. Should it not come to that in time, rows fall into the default partition: an insert never fails
+because a partition is missing.
+
+Differences to the plain table: `event_id` is unique within a partition only (PostgreSQL wants the partition key in
+every unique constraint), and rows of the default partition are deleted one by one.
+"""
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psycopg
+from psycopg import sql
+
+logger = logging.getLogger(__name__)
+
+OUTBOX = "events_outbox_outboxevent"
+SEQUENCE = f"{OUTBOX}_id_seq"
+UNDELIVERABLE = "events_outbox_undeliverableevent"
+DEFAULT_PARTITION = f"{OUTBOX}_default"
+PARTITIONS_AHEAD = 2
+LOCK_TIMEOUT_MS = 200
+"""How long making or dropping a partition may wait for its locks, and so hold up inserts behind it."""
+
+# Of a table that only grows, and is pruned in chunks: the defaults would wait for a fifth of it to change.
+AUTOVACUUM = (
+    "autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_insert_scale_factor = 0.02, "
+    "autovacuum_analyze_scale_factor = 0.02, autovacuum_vacuum_cost_delay = 1"
+)
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition with the ids from `start` to below `end`."""
+
+    name: str
+    start: int
+    end: int
+
+
+def partition_new_table(execute: Any, rows: int, *, start: int = 1) -> None:
+    """Replace the outbox, which must be empty, by a partitioned table. `execute(sql)` runs in the migration.
+
+    The first partitions begin at id `start`.
+    """
+    # LIKE copies columns and defaults. No identity column: PostgreSQL has them in partitioned tables only since 17.
+    execute(f"CREATE TABLE outbox_partitioned (LIKE {OUTBOX} INCLUDING DEFAULTS) PARTITION BY RANGE (id)")
+    execute(f"DROP TABLE {OUTBOX} CASCADE")
+    execute(f"ALTER TABLE outbox_partitioned RENAME TO {OUTBOX}")
+    execute(f"CREATE SEQUENCE {SEQUENCE} OWNED BY {OUTBOX}.id")
+    execute(f"ALTER TABLE {OUTBOX} ALTER COLUMN id SET DEFAULT nextval('{SEQUENCE}')")
+    execute(f"ALTER TABLE {OUTBOX} ADD PRIMARY KEY (id)")
+    execute(f"CREATE INDEX outbox_window ON {OUTBOX} (transaction_id, id)")
+    execute(f"CREATE INDEX outbox_aggregate ON {OUTBOX} (aggregate_id)")
+    execute(f"CREATE INDEX outbox_correlation ON {OUTBOX} (correlation_id)")
+    execute(
+        f"""ALTER TABLE {UNDELIVERABLE} ADD CONSTRAINT undeliverable_event_fk FOREIGN KEY (event_id)
+            REFERENCES {OUTBOX} (id) DEFERRABLE INITIALLY DEFERRED"""
+    )
+    execute(f"CREATE TABLE {DEFAULT_PARTITION} PARTITION OF {OUTBOX} (UNIQUE (event_id)) DEFAULT WITH ({AUTOVACUUM})")
+    for first in range(start, start + PARTITIONS_AHEAD * rows, rows):
+        for statement in _make(first, rows):
+            execute(statement)
+
+
+def is_partitioned(session: psycopg.Connection[Any]) -> bool:
+    """Whether the outbox of this database is a partitioned table."""
+    row = session.execute("SELECT relkind = 'p' FROM pg_class WHERE oid = %s::regclass", [OUTBOX]).fetchone()
+    return bool(row and row[0])
+
+
+def partitions(session: psycopg.Connection[Any]) -> list[Partition]:
+    """Return the partitions by id range, without the default one."""
+    found = []
+    for name, bound in session.execute(
+        """SELECT c.relname, pg_get_expr(c.relpartbound, c.oid) FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid
+            WHERE i.inhparent = %s::regclass""",
+        [OUTBOX],
+    ):
+        if match := re.fullmatch(r"FOR VALUES FROM \('(\d+)'\) TO \('(\d+)'\)", bound):
+            found.append(Partition(name, int(match[1]), int(match[2])))
+    return sorted(found, key=lambda partition: partition.start)
+
+
+def make_ahead(session: psycopg.Connection[Any], rows: int) -> int:
+    """Make partitions until PARTITIONS_AHEAD of them wait for ids to come. Return how many were made.
+
+    Gives up quietly where a lock is not to be had at once; the next call tries again.
+    """
+    made = 0
+    ((next_id,),) = session.execute(f"SELECT last_value + 1 FROM {SEQUENCE}").fetchall()
+    end = max((partition.end for partition in partitions(session)), default=1)
+    if end <= next_id:
+        # Ids go to the default partition by now, and the new one must not claim any of those.
+        end = next_id + rows
+    with _short_locks(session, "partition not made, will try again"):
+        while end < next_id + PARTITIONS_AHEAD * rows:
+            with session.transaction():
+                for statement in _make(end, rows):
+                    session.execute(statement)
+            end += rows
+            made += 1
+    return made
+
+
+def drop_old(session: psycopg.Connection[Any], cutoff: Any) -> int:
+    """Drop the partitions all of whose events are published and older than `cutoff`. Return how many events went.
+
+    One with an open undeliverable event stays, and one for which a lock is not to be had at once.
+    """
+    dropped = 0
+    ((next_id,),) = session.execute(f"SELECT last_value + 1 FROM {SEQUENCE}").fetchall()
+    for partition in partitions(session):
+        if partition.end > next_id or not _is_old(session, partition, cutoff):
+            continue
+        with _short_locks(session, "partition not dropped, will try again"), session.transaction():
+            name = sql.Identifier(partition.name)
+            session.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(name))
+            # What was written to it before the lock and is not published shows now.
+            if not _is_published(session, partition):
+                continue
+            session.execute(
+                f"DELETE FROM {UNDELIVERABLE} WHERE event_id >= %s AND event_id < %s", [partition.start, partition.end]
+            )
+            counted = session.execute(sql.SQL("SELECT count(*) FROM {}").format(name)).fetchone()
+            session.execute(sql.SQL("ALTER TABLE {} DETACH PARTITION {}").format(sql.Identifier(OUTBOX), name))
+            session.execute(sql.SQL("DROP TABLE {}").format(name))
+            dropped += counted[0] if counted else 0
+            logger.info("outbox partition dropped", extra={"partition": partition.name})
+    return dropped
+
+
+def _is_old(session: psycopg.Connection[Any], partition: Partition, cutoff: Any) -> bool:
+    query = sql.SQL("SELECT NOT EXISTS (SELECT FROM {} WHERE created_at >= %s)").format(sql.Identifier(partition.name))
+    row = session.execute(query, [cutoff]).fetchone()
+    return bool(row and row[0])
+
+
+def _is_published(session: psycopg.Connection[Any], partition: Partition) -> bool:
+    """No event that the cursor's snapshot does not see, and none that waits for a redrive."""
+    query = sql.SQL(
+        """SELECT NOT EXISTS (SELECT FROM {} o, events_outbox_relaycursor c
+                               WHERE NOT pg_visible_in_snapshot(o.transaction_id, c.published))
+              AND EXISTS (SELECT FROM events_outbox_relaycursor)
+              AND NOT EXISTS (SELECT FROM events_outbox_undeliverableevent
+                               WHERE event_id >= %s AND event_id < %s AND discarded_at IS NULL)"""
+    ).format(sql.Identifier(partition.name))
+    row = session.execute(query, [partition.start, partition.end]).fetchone()
+    return bool(row and row[0])
+
+
+def _make(start: int, rows: int) -> Iterator[str]:
+    """Statements that make a partition. Attached, not created in place: that would lock the whole outbox."""
+    name = f"{OUTBOX}_p{start}"
+    yield f"CREATE TABLE {name} (LIKE {OUTBOX} INCLUDING DEFAULTS, UNIQUE (event_id)) WITH ({AUTOVACUUM})"
+    yield f"ALTER TABLE {OUTBOX} ATTACH PARTITION {name} FOR VALUES FROM ({start}) TO ({start + rows})"
+
+
+@contextmanager
+def _short_locks(session: psycopg.Connection[Any], otherwise: str) -> Iterator[None]:
+    session.execute("SELECT set_config('lock_timeout', %s, false)", [f"{LOCK_TIMEOUT_MS}ms"])
+    try:
+        yield
+    except (psycopg.errors.LockNotAvailable, psycopg.errors.CheckViolation) as error:
+        logger.info(otherwise, extra={"error": str(error).strip()})
+    finally:
+        session.execute("SELECT set_config('lock_timeout', '0', false)")

@@ -1,0 +1,86 @@
+"""Deleting what has served its time: published events, and processed marks.
+
+In chunks by id, each a short transaction of its own that locks nothing but the rows it deletes. An event that is not
+published, or that waits as undeliverable, is never deleted, however old.
+"""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import psycopg
+
+from . import partitions
+from .conf import outbox_settings
+
+CHUNK_ROWS = 1000
+
+_OUTBOX = "events_outbox_outboxevent"
+_UNDELIVERABLE = "events_outbox_undeliverableevent"
+_CURSOR = "events_outbox_relaycursor"
+
+# One statement sees one moment: the cursor, what is parked, and the events agree.
+_PRUNABLE = f"""
+    p.created_at < %(cutoff)s
+    AND EXISTS (SELECT FROM {_CURSOR} c WHERE pg_visible_in_snapshot(p.transaction_id, c.published))
+    AND NOT EXISTS (SELECT FROM {_UNDELIVERABLE} u WHERE u.event_id = p.id AND u.discarded_at IS NULL)
+"""
+_PRUNE_CHUNK_SQL = f"""
+    WITH page AS MATERIALIZED (
+             SELECT id, created_at, transaction_id FROM {{table}} WHERE id > %(after_id)s ORDER BY id LIMIT %(rows)s),
+         old AS MATERIALIZED (SELECT id FROM page p WHERE {_PRUNABLE}),
+         discarded AS (DELETE FROM {_UNDELIVERABLE} WHERE event_id IN (SELECT id FROM old)),
+         gone AS (DELETE FROM {{table}} WHERE id IN (SELECT id FROM old) RETURNING id)
+    SELECT (SELECT max(id) FROM page), (SELECT min(created_at) < %(cutoff)s FROM page), (SELECT count(*) FROM gone)
+"""
+_COUNT_SQL = f"SELECT count(*) FROM {_OUTBOX} p WHERE {_PRUNABLE}"
+_PRUNE_MARKS_SQL = """
+    WITH page AS MATERIALIZED (
+             SELECT id, processed_at FROM events_outbox_processedevent
+              WHERE id > %(after_id)s ORDER BY id LIMIT %(rows)s),
+         gone AS (DELETE FROM events_outbox_processedevent
+                   WHERE id IN (SELECT id FROM page WHERE processed_at < %(cutoff)s) RETURNING id)
+    SELECT (SELECT max(id) FROM page), (SELECT min(processed_at) < %(cutoff)s FROM page), (SELECT count(*) FROM gone)
+"""
+
+
+def count_prunable(session: psycopg.Connection[Any], older_than: timedelta) -> int:
+    """Count the events that `prune_events()` would delete. Reads the whole table.
+
+    Of a partitioned outbox whole partitions go, so that fewer may be deleted than are counted.
+    """
+    ((count,),) = session.execute(_COUNT_SQL, {"cutoff": datetime.now(UTC) - older_than}).fetchall()
+    return int(count)
+
+
+def prune_events(session: psycopg.Connection[Any], older_than: timedelta) -> Iterator[int]:
+    """Delete published events older than that, and yield after each chunk how many it had. Starts at the oldest."""
+    cutoff, table = datetime.now(UTC) - older_than, _OUTBOX
+    if partitions.is_partitioned(session):
+        yield partitions.drop_old(session, cutoff)
+        table = partitions.DEFAULT_PARTITION
+    yield from _chunks(session, _PRUNE_CHUNK_SQL.format(table=table), cutoff)
+
+
+def prune_marks(session: psycopg.Connection[Any], older_than: timedelta) -> Iterator[int]:
+    """Delete processed marks older than that, and yield after each chunk how many it had."""
+    yield from _chunks(session, _PRUNE_MARKS_SQL, datetime.now(UTC) - older_than)
+
+
+def _chunks(session: psycopg.Connection[Any], prune_chunk: str, cutoff: datetime) -> Iterator[int]:
+    after_id, some_are_old = 0, True
+    while some_are_old:
+        parameters = {"after_id": after_id, "rows": CHUNK_ROWS, "cutoff": cutoff}
+        ((after_id, some_are_old, count),) = session.execute(prune_chunk, parameters).fetchall()
+        yield count
+
+
+def housekeeping(session: psycopg.Connection[Any]) -> Iterator[int]:
+    """One round of what the settings ask for, in short steps; yields after each."""
+    conf = outbox_settings()
+    if conf.PARTITION_ROWS is not None and partitions.is_partitioned(session):
+        yield partitions.make_ahead(session, conf.PARTITION_ROWS)
+    if conf.PRUNE_AFTER_DAYS is not None:
+        yield from prune_events(session, timedelta(days=conf.PRUNE_AFTER_DAYS))
+    if conf.PROCESSED_KEEP_DAYS is not None:
+        yield from prune_marks(session, timedelta(days=conf.PROCESSED_KEEP_DAYS))
