@@ -8,14 +8,16 @@ Order: events of one aggregate are published in the order their transactions com
 changes the row and then emits.
 """
 
+import struct
+import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from asgiref.sync import sync_to_async
-from django.db import DEFAULT_DB_ALIAS, connections
+from django.db import connection
 from google.protobuf.message import Message
 from opentelemetry import propagate, trace
 from uuid_utils.compat import uuid7
@@ -29,7 +31,36 @@ from .handlers import current_event
 from .models import OutboxEvent
 from .proto.base_event_pb2 import BaseEvent
 
+TraceFields = tuple[str, str, str]
+"""traceparent, tracestate, baggage."""
+Columns = tuple[uuid.UUID, str, str, str, str, str, str, str, str, str, bytes]
+"""The values of _COLUMNS."""
+
 _ID_MAX_CHARS = 255
+_COLUMNS = (
+    "event_id",
+    "event_type",
+    "event_version",
+    "aggregate_id",
+    "tenant_id",
+    "topic",
+    "correlation_id",
+    "traceparent",
+    "tracestate",
+    "baggage",
+    "value",
+)
+_FIELDS = ("id", "transaction_id", *_COLUMNS[:-1], "created_at", "value")
+_TARGET = f"events_outbox_outboxevent ({', '.join(_COLUMNS)})"
+_INSERT_SQL = (
+    f"INSERT INTO {_TARGET} VALUES ({', '.join(['%s'] * len(_COLUMNS))}) "
+    "RETURNING id, transaction_id::text, created_at"
+)
+_COPY_SQL = f"COPY {_TARGET} FROM STDIN (FORMAT binary)"
+_LENGTH = struct.Struct(">i").pack
+_COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
+_COPY_ROW = struct.pack(">hi", len(_COLUMNS), 16)  # the first field, a UUID, has 16 bytes
+_COPY_TRAILER = struct.pack(">h", -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,17 +121,26 @@ def emit_event(
         timestamp=timestamp,
     )
     _require_transaction()
-    row = _build_row(event, _trace_carrier())
-    row.save(force_insert=True)
+    columns = _columns(event, _trace_fields())
+    with connection.cursor() as cursor:
+        cursor.execute(_INSERT_SQL, columns)
+        outbox_id, transaction_id, created_at = cursor.fetchone()
+    values = (outbox_id, int(transaction_id), *columns[:-1], created_at, columns[-1])
+    row: OutboxEvent = OutboxEvent.from_db(connection.alias, _FIELDS, values)
     return row
 
 
-def emit_events(events: Iterable[NewEvent]) -> list[OutboxEvent]:
-    """Insert many events, in their order, in one statement. All or none. Raises as `emit_event()` does."""
+def emit_events(events: Iterable[NewEvent]) -> list[uuid.UUID]:
+    """Insert many events, in their order, in one statement, and return their event ids.
+
+    All or none. Raises as `emit_event()` does.
+    """
     _require_transaction()
-    carrier = _trace_carrier()
-    rows: list[OutboxEvent] = OutboxEvent.objects.bulk_create([_build_row(event, carrier) for event in events])
-    return rows
+    trace_fields = _trace_fields()
+    rows = [_columns(event, trace_fields) for event in events]
+    if rows:
+        _copy(rows)
+    return [row[0] for row in rows]
 
 
 async def aemit_event(event_type: str, payload: Message, **fields: Any) -> OutboxEvent:
@@ -114,48 +154,74 @@ async def aemit_event(event_type: str, payload: Message, **fields: Any) -> Outbo
 
 
 def _require_transaction() -> None:
-    if not connections[DEFAULT_DB_ALIAS].in_atomic_block:
+    if not connection.in_atomic_block:
         raise NotInTransaction(
             "emit_event() needs the transaction of the write it reports: call it inside `with transaction.atomic():`"
         )
 
 
-def _trace_carrier() -> dict[str, str]:
+def _copy(rows: Sequence[Columns]) -> None:
+    """Insert the rows by COPY: several times faster than INSERT, for the client and for the server."""
+    with connection.cursor() as cursor:
+        connection.validate_no_broken_transaction()
+        with connection.wrap_database_errors, cursor.copy(_COPY_SQL) as copy:
+            copy.write(_COPY_HEADER + b"".join([_copy_row(row) for row in rows]) + _COPY_TRAILER)
+
+
+def _copy_row(columns: Columns) -> bytes:
+    """A row in COPY's binary format: the number of fields, then each field with its length before it."""
+    event_id, *texts, value = columns
+    parts = [_COPY_ROW, event_id.bytes]
+    for text in texts:
+        encoded = text.encode()
+        parts += (_LENGTH(len(encoded)), encoded)
+    parts += (_LENGTH(len(value)), value)
+    return b"".join(parts)
+
+
+def _trace_fields() -> TraceFields:
     carrier: dict[str, str] = {}
     propagate.inject(carrier)
-    return carrier
+    return carrier.get("traceparent", ""), carrier.get("tracestate", "")[:512], carrier.get("baggage", "")
 
 
-def _build_row(event: NewEvent, carrier: Mapping[str, str]) -> OutboxEvent:
+def _columns(event: NewEvent, trace_fields: TraceFields) -> Columns:
     """Validate against the catalog, build the BaseEvent and serialise it, once."""
     entry = event_type_for(event.event_type, event.event_version)
     if not isinstance(event.payload, entry.payload):
         raise PayloadMismatch(
             f"{entry.name} {entry.version} carries a {entry.payload.__name__}, not a {type(event.payload).__name__}"
         )
-    if event.timestamp is not None and event.timestamp.tzinfo is None:
-        raise InvalidEventField("timestamp needs a time zone, e.g. django.utils.timezone.now()")
     event_id = event.event_id or uuid7()
     if not isinstance(event_id, uuid.UUID):
         raise InvalidEventField(f"event_id must be a uuid.UUID, not {type(event_id).__name__}")
-
+    id_text = str(event_id)
     cause = current_event.get()
+    aggregate_id = _text("aggregate_id", event.aggregate_id, required=True)
+    tenant_id = _text("tenant_id", event.tenant_id, required=True)
+    correlation_id = _text("correlation_id", event.correlation_id or _default_correlation_id(id_text))
     base = BaseEvent(
-        event_id=str(event_id),
+        event_id=id_text,
         event_type=entry.name,
         event_version=entry.version,
-        aggregate_id=_text("aggregate_id", event.aggregate_id, required=True),
-        tenant_id=_text("tenant_id", event.tenant_id, required=True),
+        aggregate_id=aggregate_id,
+        tenant_id=tenant_id,
         user_id=_text("user_id", event.user_id),
-        correlation_id=_text("correlation_id", event.correlation_id or _default_correlation_id(str(event_id))),
+        correlation_id=correlation_id,
         causation_id=_text("causation_id", event.causation_id or (str(cause.event_id) if cause else "")),
     )
     for name, text in event.metadata.items():
         base.metadata[_text("metadata key", name, max_chars=None)] = _text(f"metadata[{name!r}]", text, max_chars=None)
-    base.timestamp.FromDatetime(event.timestamp or datetime.now(UTC))
-    base.payload.Pack(event.payload)
+    if event.timestamp is None:
+        base.timestamp.seconds, base.timestamp.nanos = divmod(time.time_ns(), 1_000_000_000)
+    elif event.timestamp.tzinfo is None:
+        raise InvalidEventField("timestamp needs a time zone, e.g. django.utils.timezone.now()")
+    else:
+        base.timestamp.FromDatetime(event.timestamp)
 
     # Deterministic: the same event always gives the same bytes (map entries have no order of their own).
+    base.payload.type_url = f"type.googleapis.com/{entry.payload.DESCRIPTOR.full_name}"
+    base.payload.value = event.payload.SerializeToString(deterministic=True)
     value = base.SerializeToString(deterministic=True)
     limit = outbox_settings().MAX_EVENT_BYTES
     if len(value) > limit:
@@ -163,18 +229,16 @@ def _build_row(event: NewEvent, carrier: Mapping[str, str]) -> OutboxEvent:
             f"{entry.name} has {len(value)} bytes, more than the {limit} of MAX_EVENT_BYTES: "
             "store large content elsewhere and put a reference to it into the event"
         )
-    return OutboxEvent(
-        event_id=event_id,
-        event_type=entry.name,
-        event_version=entry.version,
-        aggregate_id=base.aggregate_id,
-        tenant_id=base.tenant_id,
-        topic=entry.topic,
-        correlation_id=base.correlation_id,
-        traceparent=carrier.get("traceparent", ""),
-        tracestate=carrier.get("tracestate", "")[:512],
-        baggage=carrier.get("baggage", ""),
-        value=value,
+    return (
+        event_id,
+        entry.name,
+        entry.version,
+        aggregate_id,
+        tenant_id,
+        entry.topic,
+        correlation_id,
+        *trace_fields,
+        value,
     )
 
 

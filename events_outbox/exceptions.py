@@ -3,6 +3,7 @@
 - `EventContractError` and its kinds: the call of `emit_event()` is wrong; fix the code, nothing was written.
 - `PermanentEventError`: raised by a handler to say that trying again is useless; the event becomes a dead letter.
 - `LeadershipLost`: the relay's database session is gone; contend for the lead again.
+- `CursorLost`: the relay's cursor is to be rebuilt from what the broker holds, and the broker is away; try again.
 """
 
 
@@ -44,3 +45,7 @@ class PermanentEventError(Exception):
 
 class LeadershipLost(Exception):
     """The relay's database session, and with it the leader lock, is gone."""
+
+
+class CursorLost(Exception):
+    """The cursor is unusable, and cannot be rebuilt now."""

@@ -4,9 +4,12 @@ Everything here runs on one dedicated session. The lock lives and dies with it, 
 has lost the means to move the cursor too.
 """
 
+import contextlib
 import logging
 import os
 import socket
+import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +20,9 @@ from django.db import DEFAULT_DB_ALIAS, connections
 from .conf import outbox_settings
 from .exceptions import LeadershipLost
 from .fields import NOTHING_SEEN, PgSnapshot
-from .window import PAGE_COLUMNS, take_snapshot
+from .pooling import require_own_session
+from .recovery import rebuild_cursor
+from .window import PAGE_COLUMNS, read_bytes, take_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +31,7 @@ APPLICATION_NAME = "relay_outbox"
 _CURSOR = "events_outbox_relaycursor"
 _UNDELIVERABLE = "events_outbox_undeliverableevent"
 _OUTBOX = "events_outbox_outboxevent"
+RATE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ def open_session() -> psycopg.Connection[Any]:
     """Open the relay's own session, in autocommit mode.
 
     It ends by itself, and with it the lock, when the relay is frozen (no statement for the session timeout) or its
-    host is lost (keepalives). Raises psycopg.OperationalError when the database is away.
+    host is lost (keepalives). Raises psycopg.OperationalError when the database is away, ImproperlyConfigured when a
+    pooler in between does not leave us a session of our own.
     """
     parameters = connections[DEFAULT_DB_ALIAS].get_connection_params()
     for django_only in ("cursor_factory", "context", "pool"):
@@ -52,9 +59,12 @@ def open_session() -> psycopg.Connection[Any]:
     keepalives = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 10_000}
     parameters |= {"autocommit": True, "application_name": APPLICATION_NAME, "connect_timeout": 5, **keepalives}
     session = psycopg.connect(**parameters)
+    require_own_session(session, lambda: psycopg.connect(**parameters))
+    read_bytes(session)
     timeout_seconds = outbox_settings().LEADER_SESSION_TIMEOUT_SECONDS
     for name, value in (
         ("idle_session_timeout", f"{timeout_seconds}s"),
+        ("idle_in_transaction_session_timeout", f"{timeout_seconds}s"),
         ("tcp_keepalives_idle", "3"),
         ("tcp_keepalives_interval", "1"),
         ("tcp_keepalives_count", "3"),
@@ -64,6 +74,10 @@ def open_session() -> psycopg.Connection[Any]:
         ("cursor_tuple_fraction", "1"),
     ):
         session.execute("SELECT set_config(%s, %s, false)", [name, value])
+    # A relay that dies while the server works for it frees the lock then, and not when that work is done. Not every
+    # system can tell.
+    with contextlib.suppress(psycopg.errors.InvalidParameterValue):
+        session.execute("SET client_connection_check_interval = '1s'")
     return session
 
 
@@ -77,32 +91,58 @@ class Leader:
         self.window_last_id = 0
         self.parked_keys: set[tuple[str, str]] = set()
         self.last_error = ""
+        self._place = "(0,0)"  # of the cursor's row in its table
+        self._discarded = 0
+        self._published_total = 0
+        self._totals = deque([(time.monotonic(), 0)])
 
     def try_lead(self) -> bool:
-        """Take the lock if it is free, and load the cursor. False: another relay leads."""
+        """Take the lock if it is free, and load the cursor. False: another relay leads.
+
+        Can take long after a restore. Raises CursorLost when the cursor is to be rebuilt and the broker is away.
+        """
         row = self.session.execute("SELECT pg_try_advisory_lock(%s)", [LOCK_KEY]).fetchone()
         if not row or not row[0]:
+            self._end_frozen_leader()
             return False
         self._load()
         return True
 
+    def _end_frozen_leader(self) -> None:
+        """End the leader's session when the server has been waiting for the leader to take an answer.
+
+        No timeout of the server covers that one; idle sessions end by themselves.
+        """
+        self.session.execute(
+            """SELECT pg_terminate_backend(a.pid) FROM pg_stat_activity a JOIN pg_locks l ON l.pid = a.pid
+                WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
+                  AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                  AND (l.classid::bigint << 32) + l.objid::bigint = %s
+                  AND a.wait_event = 'ClientWrite' AND a.query_start < now() - make_interval(secs => %s)""",
+            [LOCK_KEY, outbox_settings().LEADER_SESSION_TIMEOUT_SECONDS],
+        )
+
     def _load(self) -> None:
         execute = self.session.execute
-        execute(
-            f"""INSERT INTO {_CURSOR} (id, published, window_last_id, leader, last_error)
-                VALUES (1, %s, 0, '', '') ON CONFLICT DO NOTHING""",
-            [str(NOTHING_SEEN)],
-        )
-        published, window, last_id, cursors_cluster, cluster = execute(
-            f"""SELECT c.published::text, c."window"::text, c.window_last_id, c.system_identifier,
-                       control.system_identifier
-                  FROM {_CURSOR} c, pg_control_system() control"""
-        ).fetchall()[0]
+        cluster: int
+        ((cluster, now),) = execute(
+            "SELECT system_identifier, pg_current_snapshot()::text FROM pg_control_system()"
+        ).fetchall()
+        query = f"""SELECT published::text, "window"::text, window_last_id, system_identifier FROM {_CURSOR}"""
+        rows = execute(query).fetchall()
+        if not rows:
+            rebuild_cursor(self.session, "the cursor's row is missing")
+            rows = execute(query).fetchall()
+        published, window, self.window_last_id, cursors_cluster = rows[0]
         self.published = PgSnapshot.parse(published)
         self.window = PgSnapshot.parse(window) if window else None
-        self.window_last_id = last_id
         if cursors_cluster not in (None, cluster):
             self._rebase(cluster)
+        elif max(self.published.xmax, self.window.xmax if self.window else 0) > PgSnapshot.parse(now).xmax:
+            # It would take every event to come for published, until the transaction ids have caught up with it.
+            rebuild_cursor(self.session, "the cursor points into the future")
+            ((published,),) = execute(f"SELECT published::text FROM {_CURSOR}").fetchall()
+            self.advance(PgSnapshot.parse(published), None)
         execute(
             f"""UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now(), system_identifier = %s""",
             [f"{socket.gethostname()}:{os.getpid()}", cluster],
@@ -110,7 +150,9 @@ class Leader:
         self.load_parked_keys()
 
     def load_parked_keys(self) -> None:
-        rows = self.session.execute(f"SELECT DISTINCT topic, aggregate_id FROM {_UNDELIVERABLE}")
+        rows = self.session.execute(
+            f"SELECT DISTINCT topic::text, aggregate_id::text FROM {_UNDELIVERABLE} WHERE discarded_at IS NULL"
+        )
         self.parked_keys = {(topic, aggregate_id) for topic, aggregate_id in rows}
 
     def _rebase(self, cluster: int) -> None:
@@ -157,16 +199,21 @@ class Leader:
         else:
             self.window, self.window_last_id = hi, last_id
 
-    def save(self, parked: Sequence[Parked] = ()) -> None:
-        """Write the cursor and a heartbeat, and park events, in one transaction."""
+    def save(self, parked: Sequence[Parked] = (), *, published: int = 0) -> None:
+        """Write the cursor and a heartbeat, and park events, in one transaction.
+
+        `published`: events since the last save, for the rate.
+        """
+        self._published_total += published
         try:
             if not parked:
                 self._save()
                 return
             with self.session.transaction():
                 self.session.cursor().executemany(
-                    f"""INSERT INTO {_UNDELIVERABLE} (event_id, topic, aggregate_id, reason, error)
-                        VALUES (%s, %s, %s, %s, %s) ON CONFLICT (event_id) DO NOTHING""",
+                    f"""INSERT INTO {_UNDELIVERABLE} (event_id, topic, aggregate_id, reason, error,
+                               discarded_by, discard_reason)
+                        VALUES (%s, %s, %s, %s, %s, '', '') ON CONFLICT (event_id) DO NOTHING""",
                     [(p.event_id, p.topic, p.aggregate_id, p.reason, p.error) for p in parked],
                 )
                 self._save()
@@ -174,33 +221,74 @@ class Leader:
             raise LeadershipLost(str(error)) from error
 
     def _save(self) -> None:
-        self.session.execute(
-            f"""UPDATE {_CURSOR} SET published = %s, "window" = %s, window_last_id = %s,
-                       heartbeat_at = now(), last_error = %s WHERE id = 1""",
-            [
-                str(self.published),
-                str(self.window) if self.window else None,
-                self.window_last_id,
-                self.last_error,
-            ],
-        )
+        values = [
+            str(self.published),
+            str(self.window) if self.window else None,
+            self.window_last_id,
+            self.last_error,
+            self._rate(),
+        ]
+        # By the row's place: while a long transaction keeps its dead versions alive, a search by id goes through
+        # all of them, and each save would take longer than the one before.
+        for place in (f"ctid = '{self._place}'", "id = 1"):
+            row = self.session.execute(
+                f"""UPDATE {_CURSOR} SET published = %s, "window" = %s, window_last_id = %s,
+                           heartbeat_at = now(), last_error = %s, events_per_second = %s
+                     WHERE {place} RETURNING ctid::text""",
+                values,
+            ).fetchone()
+            if row:
+                self._place = row[0]
+                return
+        raise LeadershipLost("the cursor's row is gone")
 
-    def widen_redrive_requests(self) -> None:
-        """Extend an operator's request to what was parked behind it since: a key is redriven whole or not at all."""
-        self.session.execute(
-            f"""UPDATE {_UNDELIVERABLE} u SET redrive_requested_at = now()
-                 WHERE redrive_requested_at IS NULL
-                   AND EXISTS (SELECT FROM {_UNDELIVERABLE} r
-                                WHERE (r.topic, r.aggregate_id) = (u.topic, u.aggregate_id)
-                                  AND r.redrive_requested_at IS NOT NULL)"""
-        )
+    def _rate(self) -> float:
+        now = time.monotonic()
+        if now - self._totals[-1][0] >= 1:
+            self._totals.append((now, self._published_total))
+        while len(self._totals) > 1 and self._totals[1][0] < now - RATE_SECONDS:
+            self._totals.popleft()
+        since, total = self._totals[0]
+        return (self._published_total - total) / max(now - since, 1.0)
+
+    def take_up_operators_work(self) -> bool:
+        """Take up what operators redrive and discard. Return whether there are events to redrive.
+
+        A request extends to what was parked behind it since: a key is redriven whole or not at all. What was parked
+        behind a discarded event, because this relay had not heard of that yet, is redriven too.
+        """
+        ((discarded,),) = self.session.execute(
+            f"SELECT count(*) FROM {_UNDELIVERABLE} WHERE discarded_at IS NOT NULL"
+        ).fetchall()
+        if discarded != self._discarded:
+            self._discarded = discarded
+            self.session.execute(
+                f"""UPDATE {_UNDELIVERABLE} u SET redrive_requested_at = now()
+                     WHERE redrive_requested_at IS NULL AND discarded_at IS NULL AND reason = 'behind'
+                       AND NOT EXISTS (SELECT FROM {_UNDELIVERABLE} r
+                                        WHERE (r.topic, r.aggregate_id) = (u.topic, u.aggregate_id)
+                                          AND r.discarded_at IS NULL AND r.reason <> 'behind')"""
+            )
+            self.load_parked_keys()
+        ((requested,),) = self.session.execute(
+            f"SELECT EXISTS (SELECT FROM {_UNDELIVERABLE} WHERE redrive_requested_at IS NOT NULL)"
+        ).fetchall()
+        if requested:
+            self.session.execute(
+                f"""UPDATE {_UNDELIVERABLE} u SET redrive_requested_at = now()
+                     WHERE redrive_requested_at IS NULL AND discarded_at IS NULL
+                       AND (topic, aggregate_id) IN (SELECT topic, aggregate_id FROM {_UNDELIVERABLE}
+                                                      WHERE redrive_requested_at IS NOT NULL)"""
+            )
+        return bool(requested)
 
     def redrive_requests(self, limit: int) -> list[tuple[Any, ...]]:
         """Return parked events that an operator wants published, as rows of a page, in the order of parking."""
         return self.session.execute(
             f"""SELECT {PAGE_COLUMNS} FROM {_UNDELIVERABLE} u JOIN {_OUTBOX} e ON e.id = u.event_id
-                 WHERE u.redrive_requested_at IS NOT NULL ORDER BY u.id LIMIT %s""",
+                 WHERE u.redrive_requested_at IS NOT NULL AND u.discarded_at IS NULL ORDER BY u.id LIMIT %s""",
             [limit],
+            binary=True,
         ).fetchall()
 
     def close_redrive(self, delivered_ids: Sequence[int], refused: Sequence[Parked]) -> None:

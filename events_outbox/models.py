@@ -143,7 +143,12 @@ class UndeliverableEvent(models.Model):
     class Meta:
         verbose_name = "undeliverable event"
         ordering = ["-id"]
-        indexes = [models.Index(fields=["topic", "aggregate_id"], name="undeliverable_key")]
+        indexes = [
+            models.Index(fields=["topic", "aggregate_id"], name="undeliverable_key"),
+            # What the leader asks for every second, among what may be a million parked events.
+            models.Index(fields=["id"], condition=Q(redrive_requested_at__isnull=False), name="undeliverable_redrive"),
+            models.Index(fields=["id"], condition=Q(discarded_at__isnull=False), name="undeliverable_discarded"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.event_id} {self.reason}"

@@ -13,16 +13,19 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import psycopg
-from psycopg import sql
+
+from .fields import PgSnapshot
 
 logger = logging.getLogger(__name__)
 
 OUTBOX = "events_outbox_outboxevent"
 SEQUENCE = f"{OUTBOX}_id_seq"
 UNDELIVERABLE = "events_outbox_undeliverableevent"
+CURSOR = "events_outbox_relaycursor"
 DEFAULT_PARTITION = f"{OUTBOX}_default"
 PARTITIONS_AHEAD = 2
 LOCK_TIMEOUT_MS = 200
@@ -102,6 +105,9 @@ def make_ahead(session: psycopg.Connection[Any], rows: int) -> int:
     with _short_locks(session, "partition not made, will try again"):
         while end < next_id + PARTITIONS_AHEAD * rows:
             with session.transaction():
+                # An insert that is running would send its row to the default partition, and fail, because that one
+                # must not have it any more: so none may be running.
+                session.execute(f"LOCK TABLE ONLY {OUTBOX} IN SHARE ROW EXCLUSIVE MODE")
                 for statement in _make(end, rows):
                     session.execute(statement)
             end += rows
@@ -109,7 +115,7 @@ def make_ahead(session: psycopg.Connection[Any], rows: int) -> int:
     return made
 
 
-def drop_old(session: psycopg.Connection[Any], cutoff: Any) -> int:
+def drop_old(session: psycopg.Connection[Any], cutoff: datetime) -> int:
     """Drop the partitions all of whose events are published and older than `cutoff`. Return how many events went.
 
     One with an open undeliverable event stays, and one for which a lock is not to be had at once.
@@ -117,42 +123,51 @@ def drop_old(session: psycopg.Connection[Any], cutoff: Any) -> int:
     dropped = 0
     ((next_id,),) = session.execute(f"SELECT last_value + 1 FROM {SEQUENCE}").fetchall()
     for partition in partitions(session):
-        if partition.end > next_id or not _is_old(session, partition, cutoff):
+        if partition.end > next_id:
+            break
+        count = _count_if_old(session, partition, cutoff)
+        if count is None:
             continue
         with _short_locks(session, "partition not dropped, will try again"), session.transaction():
-            name = sql.Identifier(partition.name)
-            session.execute(sql.SQL("LOCK TABLE {} IN ACCESS EXCLUSIVE MODE").format(name))
+            session.execute(f"LOCK TABLE ONLY {OUTBOX} IN ACCESS EXCLUSIVE MODE")
             # What was written to it before the lock and is not published shows now.
             if not _is_published(session, partition):
                 continue
             session.execute(
                 f"DELETE FROM {UNDELIVERABLE} WHERE event_id >= %s AND event_id < %s", [partition.start, partition.end]
             )
-            counted = session.execute(sql.SQL("SELECT count(*) FROM {}").format(name)).fetchone()
-            session.execute(sql.SQL("ALTER TABLE {} DETACH PARTITION {}").format(sql.Identifier(OUTBOX), name))
-            session.execute(sql.SQL("DROP TABLE {}").format(name))
-            dropped += counted[0] if counted else 0
+            session.execute(f"ALTER TABLE {OUTBOX} DETACH PARTITION {partition.name}")
+            session.execute(f"DROP TABLE {partition.name}")
+            dropped += count
             logger.info("outbox partition dropped", extra={"partition": partition.name})
     return dropped
 
 
-def _is_old(session: psycopg.Connection[Any], partition: Partition, cutoff: Any) -> bool:
-    query = sql.SQL("SELECT NOT EXISTS (SELECT FROM {} WHERE created_at >= %s)").format(sql.Identifier(partition.name))
-    row = session.execute(query, [cutoff]).fetchone()
-    return bool(row and row[0])
+def _count_if_old(session: psycopg.Connection[Any], partition: Partition, cutoff: datetime) -> int | None:
+    """The number of events if all are older than `cutoff`. Looks at the newest first, which mostly settles it."""
+    newest = session.execute(f"SELECT created_at FROM {partition.name} ORDER BY id DESC LIMIT 1").fetchone()
+    if newest and newest[0] >= cutoff:
+        return None
+    ((count, all_are_old),) = session.execute(
+        f"SELECT count(*), coalesce(max(created_at) < %s, true) FROM {partition.name}", [cutoff]
+    ).fetchall()
+    return int(count) if all_are_old else None
 
 
 def _is_published(session: psycopg.Connection[Any], partition: Partition) -> bool:
-    """No event that the cursor's snapshot does not see, and none that waits for a redrive."""
-    query = sql.SQL(
-        """SELECT NOT EXISTS (SELECT FROM {} o, events_outbox_relaycursor c
-                               WHERE NOT pg_visible_in_snapshot(o.transaction_id, c.published))
-              AND EXISTS (SELECT FROM events_outbox_relaycursor)
-              AND NOT EXISTS (SELECT FROM events_outbox_undeliverableevent
-                               WHERE event_id >= %s AND event_id < %s AND discarded_at IS NULL)"""
-    ).format(sql.Identifier(partition.name))
-    row = session.execute(query, [partition.start, partition.end]).fetchone()
-    return bool(row and row[0])
+    """No event that the cursor's snapshot does not see, and none that waits for a redrive. Both by index."""
+    row = session.execute(f"SELECT published::text FROM {CURSOR}").fetchone()
+    if row is None:
+        return False
+    published = PgSnapshot.parse(row[0])
+    ((some_wait,),) = session.execute(
+        f"""SELECT EXISTS (SELECT FROM {partition.name}
+                            WHERE transaction_id >= %s::xid8 OR transaction_id = ANY(%s::xid8[]))
+                OR EXISTS (SELECT FROM {UNDELIVERABLE}
+                            WHERE event_id >= %s AND event_id < %s AND discarded_at IS NULL)""",
+        [str(published.xmax), [str(xid) for xid in published.xip], partition.start, partition.end],
+    ).fetchall()
+    return not some_wait
 
 
 def _make(start: int, rows: int) -> Iterator[str]:

@@ -13,7 +13,15 @@ from opentelemetry.trace import Span, SpanKind
 from monitoring import metrics
 
 from .catalog import topics
-from .kafka import RECORD_REFUSALS, KafkaError, KafkaException, Message, Producer, make_producer
+from .kafka import (
+    RECORD_REFUSALS,
+    TOPIC_REFUSALS,
+    KafkaError,
+    KafkaException,
+    Message,
+    Producer,
+    make_producer,
+)
 from .leader import Parked
 from .records import HEADER_FIELDS, headers_for, trace_carrier
 
@@ -22,9 +30,11 @@ tracer = trace.get_tracer(__name__)
 
 BEHIND = "behind"
 FLUSH_SECONDS = 0.5
+BROKEN_SECONDS = 1.0
+"""How long a broken producer may take for its last reports; some it never gives."""
 
 Row = tuple[Any, ...]
-"""A row of a page: id, topic, aggregate_id, value, then the header fields."""
+"""A row of a page: see `window.PAGE_COLUMNS`."""
 Key = tuple[str, str]
 """Topic and aggregate id: within it order is kept."""
 
@@ -37,13 +47,17 @@ class Publisher:
     """Owns the producer. `on_wait(what for)` is called every half second while the broker is slow or away.
 
     What `on_wait` raises ends the waiting: nothing of the batch counts as published then.
+
+    Order through refusals: a gapless producer stops at the first record that the broker refuses, so nothing that
+    comes after it in its partition gets there. The rest of the batch is then published by a new producer, one event
+    at a time where the refusal may have been about its neighbours in a request, without the keys that are parked.
     """
 
     def __init__(self, on_wait: Callable[[str], None]) -> None:
         self._on_wait = on_wait
         self._producer: Producer | None = None
-        self._refused: dict[int, KafkaError] = {}
-        self._failure = ""
+        self._errors: dict[int, KafkaError] = {}
+        self._broken = ""
         self._trouble = ""
         # Counters begin at 0: one that is born with its first event shows no increase for it.
         for topic in topics():
@@ -58,102 +72,165 @@ class Publisher:
         Raises ProducerBroken, and what `on_wait` raises.
         """
         started = time.perf_counter()
-        parked: dict[int, Parked] = {}
+        parking = _Parking(blocked)
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
             if span.is_recording():
                 _describe(span, rows)
-            refused = self._publish_in_order(rows, blocked, parked)
-            # What was too large may have been the batch it was in, so each gets its turn alone.
-            alone = [row for row in refused if self._refused[row[0]].code() == KafkaError.MSG_SIZE_TOO_LARGE]
-            self._park([row for row in refused if row not in alone], blocked, parked)
-            for row in alone:
-                self._park(self._publish_in_order([row], blocked, parked), blocked, parked)
-        _count_published(rows, parked)
+            left = self._attempt(rows, parking)
+            while left:
+                one_by_one, left = left, []
+                for row in one_by_one:
+                    left += self._attempt([row], parking)
+                    self._on_wait("")  # takes a while: stay alive
+        _count_published(rows, parking.parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
-        return [parked[row[0]] for row in rows if row[0] in parked]
+        return [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
 
-    def _publish_in_order(self, rows: Sequence[Row], blocked: set[Key], parked: dict[int, Parked]) -> list[Row]:
-        """Produce and flush; return the rows that were refused, in order."""
-        self._refused.clear()
-        for row in rows:
-            outbox_id, topic, aggregate_id = row[:3]
-            if (topic, aggregate_id) in blocked:
-                reason = "behind an earlier undeliverable event of the same key"
-                parked[outbox_id] = Parked(outbox_id, topic, aggregate_id, BEHIND, reason)
-                continue
-            self._produce(row)
-            if outbox_id in self._refused:  # refused on the spot: the key's next event must not go out
-                self._park([row], blocked, parked)
-        self._flush()
-        return [row for row in rows if row[0] in self._refused and row[0] not in parked]
-
-    def _park(self, rows: Sequence[Row], blocked: set[Key], parked: dict[int, Parked]) -> None:
-        for outbox_id, topic, aggregate_id, *_ in rows:
-            error = self._refused[outbox_id]
-            blocked.add((topic, aggregate_id))
-            parked[outbox_id] = Parked(outbox_id, topic, aggregate_id, error.name(), error.str())
-            metrics.OUTBOX_PUBLISH_FAILURES.labels(topic, error.name()).inc()
-            logger.error(
-                "event undeliverable, parked",
-                extra={"outbox_id": outbox_id, "topic": topic, "reason": error.name(), "error": error.str()},
-            )
-
-    def _produce(self, row: Row) -> None:
-        outbox_id, topic, aggregate_id, value = row[:4]
+    def _attempt(self, rows: Sequence[Row], parking: "_Parking") -> list[Row]:
+        """Produce the rows and wait for the reports. Park what is refused; return, in order, what is to try again."""
+        self._errors.clear()
         producer = self._producer = self._producer or make_producer(self._on_trouble)
-        while True:
-            try:
-                producer.produce(
-                    topic,
-                    value,
-                    aggregate_id,
-                    headers=headers_for(row[4:]),
-                    on_delivery=partial(self._on_refusal, outbox_id),
-                )
-                return
-            except BufferError:
-                # The local queue is full: let the broker take some of it.
-                producer.poll(FLUSH_SECONDS)
-                self._waiting()
-            except KafkaException as error:
-                self._on_refusal(outbox_id, error.args[0], None)
-                return
+        produce, on_report = producer.produce, self._on_report
+        produced = 0
+        for row in rows:
+            if parking.is_needed and parking.blocks(row):
+                parking.park_behind(row)
+                continue
+            while True:
+                try:
+                    produce(
+                        row[1], row[3], row[2], headers=headers_for(row[4:]), on_delivery=partial(on_report, row[0])
+                    )
+                    produced += 1
+                except BufferError:
+                    # The local queue is full: let the broker take some of it.
+                    self._poll(FLUSH_SECONDS)
+                    self._waiting()
+                    continue
+                except KafkaException as error:
+                    self._not_taken(row, error.args[0], parking)
+                break
+        self._await_reports()
+        if not self._errors and not self._broken:
+            return []
 
-    def _flush(self) -> None:
-        while self._producer is not None and self._producer.flush(FLUSH_SECONDS):
-            self._waiting()
-        self._raise_failure()
-        self._trouble = ""
+        left = []
+        for row in rows:
+            failed = self._errors.get(row[0])
+            if failed is None or row[0] in parking.parked:
+                continue
+            if failed.code() in TOPIC_REFUSALS or (failed.code() in RECORD_REFUSALS and produced == 1):
+                parking.park(row, failed)
+            else:
+                left.append(row)
+        if not any(failed.code() in RECORD_REFUSALS for failed in self._errors.values()):
+            raise ProducerBroken(self._broken or next(iter(self._errors.values())).str())
+        if self._broken:
+            self.close()
+        return left
+
+    def _not_taken(self, row: Row, error: KafkaError, parking: "_Parking") -> None:
+        """Refused on the spot, for itself alone: the key's next event must not go out. Or the producer is broken."""
+        self._errors[row[0]] = error
+        if error.code() in RECORD_REFUSALS:
+            parking.park(row, error)
+        else:
+            self._broken = self._broken or error.str()
+
+    def _await_reports(self) -> None:
+        while self._producer is not None and not self._broken:
+            try:
+                if not self._producer.flush(FLUSH_SECONDS):
+                    self._trouble = ""
+                    return
+            except (KafkaException, SystemError) as error:
+                self._broken = _reason(error)
+            else:
+                self._waiting()
+        gives_up_at = time.monotonic() + BROKEN_SECONDS
+        while self._producer is not None and len(self._producer):
+            if time.monotonic() > gives_up_at + BROKEN_SECONDS:
+                raise ProducerBroken(
+                    f"{self._broken}; and it does not say what became of {len(self._producer)} records"
+                )
+            if time.monotonic() > gives_up_at:
+                self._producer.purge()  # reports what it knows nothing of as purged
+            self._poll(0.05)
+
+    def _poll(self, seconds: float) -> None:
+        """Serve the producer's callbacks. A fatal error is raised between them: the next call serves the rest."""
+        if self._producer is not None:
+            try:
+                self._producer.poll(seconds)
+            except (KafkaException, SystemError) as error:
+                self._broken = self._broken or _reason(error)
 
     def _waiting(self) -> None:
-        self._raise_failure()
         self._on_wait(self._trouble or "waiting for the broker")
 
-    def _raise_failure(self) -> None:
-        if self._failure:
-            raise ProducerBroken(self._failure)
-
-    def _on_refusal(self, outbox_id: int, error: KafkaError, _message: Message | None) -> None:
+    def _on_report(self, outbox_id: int, error: KafkaError, _message: Message | None) -> None:
         """Delivery report of an event that was not delivered (`delivery.report.only.error`)."""
-        if error.code() in RECORD_REFUSALS:
-            self._refused[outbox_id] = error
-        else:
-            self._failure = f"{error.name()}: {error.str()}"
+        self._errors[outbox_id] = error
 
     def _on_trouble(self, error: KafkaError) -> None:
         """librdkafka tells of lost connections and failed logins; it goes on trying by itself."""
         self._trouble = error.str()
         logger.warning("broker trouble", extra={"error_name": error.name(), "error": error.str()})
-        if error.fatal():
-            self._failure = f"{error.name()}: {error.str()}"
 
     def close(self) -> None:
         """Forget the producer and what it still holds; the next `publish()` makes a new one."""
         if self._producer is not None:
             self._producer.purge()
-            self._producer.flush(1.0)
+            self._poll(0)
         self._producer = None
-        self._failure = ""
+        self._broken = ""
+
+
+class _Parking:
+    """What of a batch is parked, and which keys and topics are closed to the rest of it."""
+
+    def __init__(self, blocked: set[Key]) -> None:
+        self.parked: dict[int, Parked] = {}
+        self.is_needed = bool(blocked)
+        self._blocked = blocked
+        self._refused_topics: dict[str, KafkaError] = {}
+
+    def blocks(self, row: Row) -> bool:
+        return row[1] in self._refused_topics or _key(row) in self._blocked
+
+    def park_behind(self, row: Row) -> None:
+        if _key(row) in self._blocked:
+            reason = "behind an earlier undeliverable event of the same key"
+            self.parked[row[0]] = Parked(row[0], *_key(row), BEHIND, reason)
+        else:
+            self.park(row, self._refused_topics[row[1]])
+
+    def park(self, row: Row, error: KafkaError) -> None:
+        if _key(row) in self._blocked:
+            self.park_behind(row)
+            return
+        self._blocked.add(_key(row))
+        self.is_needed = True
+        if error.code() in TOPIC_REFUSALS:
+            # All its events of this batch: permission given in the midst of it must not let a later one through.
+            self._refused_topics[row[1]] = error
+        self.parked[row[0]] = Parked(row[0], *_key(row), error.name(), error.str())
+        metrics.OUTBOX_PUBLISH_FAILURES.labels(row[1], error.name()).inc()
+        logger.error(
+            "event undeliverable, parked",
+            extra={"outbox_id": row[0], "topic": row[1], "reason": error.name(), "error": error.str()},
+        )
+
+
+def _key(row: Row) -> Key:
+    return row[1], row[2].decode()
+
+
+def _reason(error: BaseException) -> str:
+    """What a fatal error says; the client library may wrap it while it serves its callbacks."""
+    while isinstance(error, SystemError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error.args[0].str() if isinstance(error, KafkaException) else str(error)
 
 
 def _describe(span: Span, rows: Sequence[Row]) -> None:
@@ -163,7 +240,8 @@ def _describe(span: Span, rows: Sequence[Row]) -> None:
     span.set_attribute("messaging.operation.type", "send")
     span.set_attribute("messaging.batch.message_count", len(rows))
     for row in rows:
-        carrier = trace_carrier(dict(zip(HEADER_FIELDS, row[4:], strict=True)))
+        fields = (value.decode() for value in row[4:])
+        carrier = trace_carrier(dict(zip(HEADER_FIELDS, fields, strict=True)))
         span.add_link(trace.get_current_span(extract(carrier)).get_span_context())
 
 

@@ -7,23 +7,29 @@ sent again: at least once in Kafka, which the consumers make effectively once.
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import psycopg
 
 from monitoring import metrics
 
 from .conf import outbox_settings
-from .exceptions import LeadershipLost
+from .exceptions import CursorLost, LeadershipLost
 from .leader import Leader, open_session
 from .models import OutboxEvent, RelayCursor
+from .pruning import housekeeping
 from .publisher import ProducerBroken, Publisher
-from .window import read_page, take_snapshot, window_ids
+from .window import read_pages, take_snapshot
 
 logger = logging.getLogger(__name__)
 
+Answer = TypeVar("Answer")
+
 HEARTBEAT_SECONDS = 1.0
+HOUSE_ROUND_SECONDS = 60.0
+HOUSE_STEP_SECONDS = 0.1
 STOP_GRACE_SECONDS = 2.0
 
 
@@ -47,6 +53,10 @@ class Relay:
         self._gives_up_at = float("inf")
         self._last_heartbeat = 0.0
         self._last_redrive_look = 0.0
+        # A thread beside the loop: for what the database may take long to answer, and for reading ahead.
+        self._reader = ThreadPoolExecutor(1, "reader")
+        self._house: Iterator[int] = iter(())
+        self._house_due = 0.0
 
     def stop(self) -> None:
         """Ask the relay to stop; safe in a signal handler. The batch in flight is finished or abandoned."""
@@ -68,6 +78,8 @@ class Relay:
                     return
             except (psycopg.OperationalError, psycopg.InterfaceError, LeadershipLost) as error:
                 logger.warning("database session lost, trying again", extra={"error": str(error).strip()})
+            except CursorLost as error:
+                logger.warning("cursor not rebuilt, trying again", extra={"error": str(error)})
             except (_Abandoned, ProducerBroken) as error:
                 logger.warning("batch abandoned, to be published again", extra={"error": str(error)})
             finally:
@@ -78,7 +90,7 @@ class Relay:
         """Stand by until the lock is ours (True), or until stopped or, with `until_empty`, nothing is pending."""
         standing_by = False
         while not self._stopping:
-            if leader.try_lead():
+            if self._answer(leader, self._reader.submit(leader.try_lead)):
                 logger.info("this relay leads", extra={"published": str(leader.published)})
                 metrics.OUTBOX_RELAY_LEADER.set(1)
                 return True
@@ -93,10 +105,11 @@ class Relay:
     def _lead(self, leader: Leader, until_empty: bool) -> None:
         publisher = Publisher(lambda what_for: self._wait_for_broker(leader, what_for))
         idle_seconds = self._conf.IDLE_POLL_MIN_SECONDS
+        self._house, self._house_due = housekeeping(leader.session), 0.0
         try:
             while not self._stopping:
-                self._redrive(leader, publisher)
-                if self.publish_window(leader, publisher):
+                redriven = self._redrive(leader, publisher)
+                if self.publish_window(leader, publisher) or redriven:
                     idle_seconds = self._conf.IDLE_POLL_MIN_SECONDS
                 elif until_empty:
                     leader.save()
@@ -105,6 +118,7 @@ class Relay:
                     self._pause(idle_seconds)
                     idle_seconds = min(idle_seconds * 2, self._conf.IDLE_POLL_MAX_SECONDS)
                 self._heartbeat(leader)
+                self._keep_house(leader)
         except ProducerBroken as error:
             leader.last_error = str(error)
             leader.save()
@@ -122,33 +136,70 @@ class Relay:
         if hi == leader.published:
             return 0
         count = 0
-        ids = window_ids(leader.session, leader.published, hi, leader.window_last_id)
-        for batch, is_last in _batches(ids, self._batch_size):
-            parked = publisher.publish(read_page(leader.session, batch), leader.parked_keys)
+        pages = read_pages(leader.session, leader.published, hi, leader.window_last_id, self._batch_size)
+        page = self._answer(leader, self._reader.submit(next, pages, None))
+        while page is not None:
+            # The next page is read while this one is on its way to the broker.
+            following = self._reader.submit(next, pages, None)
+            try:
+                parked = publisher.publish(page, leader.parked_keys)
+            finally:
+                next_page = self._answer(leader, following)
             leader.last_error = ""
-            leader.advance(hi, None if is_last else batch[-1])
-            leader.save(parked)
+            leader.advance(hi, page[-1][0] if next_page else None)
+            leader.save(parked, published=len(page) - len(parked))
             self._beat()
-            count += len(batch)
-            if self._stopping and not is_last:
+            count += len(page)
+            page = next_page
+            self._keep_house(leader)
+            if self._stopping and page:
                 return count
         if not count:
             leader.advance(hi, None)  # saved with the next heartbeat: nothing depends on it
         return count
 
-    def _redrive(self, leader: Leader, publisher: Publisher) -> None:
-        """Publish what an operator asked to redrive; looked for once a second."""
+    def _redrive(self, leader: Leader, publisher: Publisher) -> bool:
+        """Publish a batch of what an operator asked to redrive, if anything; looked for once a second."""
         if not leader.parked_keys or time.monotonic() - self._last_redrive_look < HEARTBEAT_SECONDS:
+            return False
+        if not leader.take_up_operators_work():
+            self._last_redrive_look = time.monotonic()
+            return False
+        rows = leader.redrive_requests(self._batch_size)
+        refused = publisher.publish(rows, set())
+        refused_ids = {parked.event_id for parked in refused}
+        delivered_ids = [row[0] for row in rows if row[0] not in refused_ids]
+        leader.close_redrive(delivered_ids, refused)
+        logger.info("redrive done", extra={"delivered": len(delivered_ids), "refused": len(refused)})
+        return True
+
+    def _keep_house(self, leader: Leader) -> None:
+        """One step of pruning and the like, a few milliseconds, when it is due."""
+        if time.monotonic() < self._house_due:
             return
-        leader.widen_redrive_requests()
-        while not self._stopping and (rows := leader.redrive_requests(self._batch_size)):
-            refused = publisher.publish(rows, set())
-            refused_ids = {parked.event_id for parked in refused}
-            delivered_ids = [row[0] for row in rows if row[0] not in refused_ids]
-            leader.close_redrive(delivered_ids, refused)
-            self._heartbeat(leader)
-            logger.info("redrive done", extra={"delivered": len(delivered_ids), "refused": len(refused)})
-        self._last_redrive_look = time.monotonic()
+        try:
+            pause_seconds = HOUSE_ROUND_SECONDS if next(self._house, None) is None else HOUSE_STEP_SECONDS
+        except psycopg.OperationalError:
+            raise
+        except psycopg.Error as error:
+            # Of no matter for publishing: a missing right, say.
+            logger.warning("housekeeping failed", extra={"error": str(error).strip()})
+            pause_seconds = HOUSE_ROUND_SECONDS
+        if pause_seconds == HOUSE_ROUND_SECONDS:
+            self._house = housekeeping(leader.session)
+        self._house_due = time.monotonic() + pause_seconds
+
+    def _answer(self, leader: Leader, asked: Future[Answer]) -> Answer:
+        """Wait for what the database was asked in the other thread; the loop goes round meanwhile."""
+        while True:
+            try:
+                return asked.result(HEARTBEAT_SECONDS)
+            except TimeoutError:
+                if asked.done():
+                    raise
+                self._on_tick()
+                if self._stopping and time.monotonic() > self._gives_up_at:
+                    leader.session.cancel()
 
     def _wait_for_broker(self, leader: Leader, what_for: str) -> None:
         """The broker is slow or away: stay alive, say so, and give up only when stopped."""
@@ -176,29 +227,3 @@ class Relay:
             if remaining <= 0:
                 return
             time.sleep(min(remaining, 0.2))
-
-
-def republish(leader: Leader, ids: Iterable[int], batch_size: int) -> int:
-    """Publish these events once more, in the order of `ids`, without moving the cursor. Return how many.
-
-    A broker that is away is waited for. Raises LeadershipLost and ProducerBroken as `Relay.publish_window()` does.
-    """
-    count = 0
-    publisher = Publisher(lambda _what_for: leader.save())
-    try:
-        for batch, _ in _batches([ids], batch_size):
-            leader.save(publisher.publish(read_page(leader.session, batch), leader.parked_keys))
-            count += len(batch)
-    finally:
-        publisher.close()
-    return count
-
-
-def _batches(chunks: Iterable[Iterable[int]], size: int) -> Iterator[tuple[list[int], bool]]:
-    """Cut chunks of ids into batches, each with whether it is the last one."""
-    ids = (id_ for chunk in chunks for id_ in chunk)
-    batch = list(islice(ids, size))
-    while batch:
-        following = list(islice(ids, size))
-        yield batch, not following
-        batch = following

@@ -15,9 +15,11 @@ the lock on the aggregate: the next holder of that lock draws its ids later.
 """
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import psycopg
+from psycopg.types.string import ByteaBinaryLoader
 
 from .fields import PgSnapshot
 from .records import HEADER_FIELDS
@@ -36,8 +38,18 @@ WINDOW_IDS_SQL = f"""
      ORDER BY id
 """
 
-PAGE_COLUMNS = ", ".join(f"e.{column}" for column in ("id", "topic", "aggregate_id", "value", *HEADER_FIELDS))
-PAGE_SQL = f"SELECT {PAGE_COLUMNS} FROM {_OUTBOX} e WHERE e.id = ANY(%s) ORDER BY e.id"
+PAGE_MAX_BYTES = 16_000_000
+"""Bytes of values in a page: what the relay holds in memory, whatever the batch size."""
+# The topic as text, all else as the bytes that go to Kafka: see `read_bytes`.
+PAGE_COLUMNS = ", ".join(
+    ["e.id", "e.topic::text", "e.aggregate_id::varchar", "e.value", *(f"e.{name}::varchar" for name in HEADER_FIELDS)]
+)
+PAGE_SQL = f"""
+    SELECT {PAGE_COLUMNS}
+      FROM (SELECT *, sum(octet_length(value)) OVER (ORDER BY id) - octet_length(value) AS bytes_before
+              FROM {_OUTBOX} WHERE id = ANY(%s)) e
+     WHERE bytes_before < %s ORDER BY id
+"""
 
 
 def take_snapshot(connection: psycopg.Connection[Any]) -> PgSnapshot:
@@ -68,6 +80,30 @@ def window_ids(
             yield [row[0] for row in chunk]
 
 
-def read_page(connection: psycopg.Connection[Any], ids: Sequence[int]) -> list[tuple[Any, ...]]:
-    """Return the rows of these ids, ascending: id, topic, aggregate_id, value, and the HEADER_FIELDS."""
-    return connection.execute(PAGE_SQL, [list(ids)]).fetchall()
+def read_page(
+    connection: psycopg.Connection[Any], ids: Sequence[int], max_bytes: int = PAGE_MAX_BYTES
+) -> list[tuple[Any, ...]]:
+    """Return the rows of the first of these ids, ascending, until their values exceed `max_bytes`; at least one.
+
+    A row is (id, topic, aggregate_id, value, then the HEADER_FIELDS), all but the first two as bytes. An id that is
+    not there any more is left out.
+    """
+    return connection.execute(PAGE_SQL, [list(ids), max_bytes], binary=True).fetchall()
+
+
+def read_pages(
+    connection: psycopg.Connection[Any], lo: PgSnapshot, hi: PgSnapshot, after_id: int, page_rows: int
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Yield the rows of the window between `lo` and `hi`, ascending, in pages: see `read_page()`."""
+    ids = (id_ for chunk in window_ids(connection, lo, hi, after_id) for id_ in chunk)
+    wanted: list[int] = []
+    while wanted := wanted + list(islice(ids, page_rows - len(wanted))):
+        page = read_page(connection, wanted)
+        if page:
+            yield page
+        wanted = [id_ for id_ in wanted if id_ > page[-1][0]] if page else []
+
+
+def read_bytes(connection: psycopg.Connection[Any]) -> None:
+    """Have `varchar` come as bytes on this connection: decoding each field only to encode it again costs too much."""
+    connection.adapters.register_loader("varchar", ByteaBinaryLoader)

@@ -30,7 +30,7 @@ class TopicReader:
 
     def _watermarks(self, partition):
         """Start and end of a partition; a new topic's leader may not be there at once."""
-        return _insist(lambda: self._client.get_watermark_offsets(partition, timeout=30))
+        return _insist(lambda: self._client.get_watermark_offsets(partition, timeout=5))
 
     def read(self, count, timeout_seconds=30):
         """Return all messages since the reader was made, once there are `count`. Fails when they do not come."""
@@ -63,7 +63,7 @@ class TopicReader:
         self._client.close()
 
 
-def _insist(request, timeout_seconds=30):
+def _insist(request, timeout_seconds=60):
     deadline = time.monotonic() + timeout_seconds
     while True:
         try:

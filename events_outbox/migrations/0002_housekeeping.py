@@ -1,10 +1,12 @@
+from typing import Any
+
 from django.db import migrations, models
 
 from events_outbox import partitions
 from events_outbox.conf import outbox_settings
 
 
-def store(apps, schema_editor):
+def store(apps: Any, schema_editor: Any) -> None:
     """Settings of the storage, and the partitioned outbox where EVENTS_OUTBOX["PARTITION_ROWS"] asks for it."""
     if schema_editor.connection.vendor != "postgresql":
         return  # a system check says that this cannot work
@@ -68,6 +70,22 @@ class Migration(migrations.Migration):
         migrations.AddIndex(
             model_name="outboxevent",
             index=models.Index(fields=["correlation_id"], name="outbox_correlation"),
+        ),
+        migrations.AddIndex(
+            model_name="undeliverableevent",
+            index=models.Index(
+                condition=models.Q(("redrive_requested_at__isnull", False)),
+                fields=["id"],
+                name="undeliverable_redrive",
+            ),
+        ),
+        migrations.AddIndex(
+            model_name="undeliverableevent",
+            index=models.Index(
+                condition=models.Q(("discarded_at__isnull", False)),
+                fields=["id"],
+                name="undeliverable_discarded",
+            ),
         ),
         migrations.RunPython(store, migrations.RunPython.noop),
     ]

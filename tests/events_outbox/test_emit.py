@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 
 import pytest
 from asgiref.sync import sync_to_async
-from django.db import connection, transaction
+from django.db import IntegrityError, connection, transaction
 from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 from opentelemetry import trace
 from opentelemetry.sdk.trace import TracerProvider
 
@@ -184,11 +185,44 @@ def test_many_events_are_one_statement_in_their_order():
         for n in range(1000)
     ]
     with CaptureQueriesContext(connection) as queries:
-        rows = emit_events(events)
+        event_ids = emit_events(events)
     assert len(queries) == 1
-    stored = OutboxEvent.objects.order_by("id").values_list("aggregate_id", flat=True)
-    assert list(stored) == [f"c{n}" for n in range(1000)]
-    assert [row.pk for row in rows] == sorted(row.pk for row in rows)
+    stored = list(OutboxEvent.objects.order_by("id"))
+    assert [row.aggregate_id for row in stored] == [f"c{n}" for n in range(1000)]
+    assert [row.event_id for row in stored] == event_ids
+
+
+def test_one_of_many_is_stored_as_one_alone():
+    fields = {
+        "payload": PAYLOAD,
+        "aggregate_id": "ünï",
+        "tenant_id": "t1",
+        "user_id": "u",
+        "correlation_id": "c\\N\t",
+        "event_id": uuid.uuid4(),
+        "timestamp": timezone.now(),
+        "metadata": {"a": "b"},
+    }
+    one = emit_event("conversation.created", **fields)
+    stored = OutboxEvent.objects.get()
+    assert {f.attname: getattr(one, f.attname) for f in OutboxEvent._meta.fields} == {
+        f.attname: getattr(stored, f.attname) for f in OutboxEvent._meta.fields
+    }
+    stored.delete()
+    emit_events([NewEvent(event_type="conversation.created", **fields)])
+    many = OutboxEvent.objects.get()
+    for field in OutboxEvent._meta.fields:
+        if field.attname not in ("id", "created_at"):
+            assert getattr(many, field.attname) == getattr(stored, field.attname), field
+
+
+def test_an_event_id_that_is_there_already_is_an_integrity_error():
+    event = NewEvent(event_type="conversation.created", payload=PAYLOAD, event_id=uuid.uuid4(), **FIELDS)
+    emit_events([event])
+    with pytest.raises(IntegrityError), transaction.atomic():
+        emit_events([event])
+    with pytest.raises(IntegrityError), transaction.atomic():
+        emit_event("conversation.created", PAYLOAD, event_id=event.event_id, **FIELDS)
 
 
 def test_one_wrong_event_among_many_writes_none():

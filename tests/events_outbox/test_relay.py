@@ -20,7 +20,7 @@ from events_outbox.publisher import Publisher
 from events_outbox.relay import Relay
 from events_outbox.status import read_status
 from tests.events_outbox.conftest import eventually, in_thread
-from tests.events_outbox.test_window import Ledger, aggregates, judge, writers  # noqa: F401
+from tests.outbox_writers import Ledger, aggregates, judge, writers  # noqa: F401
 from tests.topics import TopicReader
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
@@ -329,8 +329,8 @@ def test_another_cluster_is_noticed_and_the_cursor_carried_over(emit, topic_read
                 [str(old + xid), id_],
             )
         cursor.execute(
-            """INSERT INTO events_outbox_relaycursor (id, published, "window", window_last_id, system_identifier,
-                   leader, last_error) VALUES (1, %s, %s, %s, 42, '', '')""",
+            """UPDATE events_outbox_relaycursor SET published = %s, "window" = %s, window_last_id = %s,
+                      system_identifier = 42""",
             [f"{old + 1000}:{old + 1000}:", f"{old + 2000}:{old + 2000}:", ids[3]],
         )
     # Written in the new cluster, whose transaction ids the old snapshot would take for seen.

@@ -1,29 +1,19 @@
 """The snapshot cursor under concurrency: nothing missed, nothing made up, order kept; and wrong readers are caught."""
 
-import itertools
 import random
-import threading
 import time
-from collections import defaultdict
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import psycopg
 import pytest
 from django.db import connection, transaction
 
-from events_outbox import emit_event
 from events_outbox.fields import NOTHING_SEEN, PgSnapshot
 from events_outbox.leader import open_session
 from events_outbox.models import OutboxEvent
-from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.window import take_snapshot, window_ids
-from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
+from tests.outbox_writers import Ledger, Violations, aggregates, emit, judge, writers  # noqa: F401
 
-pytestmark = pytest.mark.django_db(transaction=True)
-
-WRITERS = 8
-AGGREGATES = 12
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("aggregates")]
 
 
 class SnapshotReader:
@@ -115,133 +105,6 @@ class MadeUpCutReader:
 MUTANTS = [LastIdReader, XminReader, AboveMaxIdReader, MadeUpCutReader]
 
 
-@dataclass
-class Ledger:
-    """What the writers know they committed, kept outside the database."""
-
-    committed: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, written):
-        with self.lock:
-            for aggregate, number in written:
-                self.committed[aggregate].append(number)
-
-    def count(self):
-        with self.lock:
-            return sum(len(numbers) for numbers in self.committed.values())
-
-
-@dataclass
-class Violations:
-    missed: int
-    phantoms: int
-    duplicates: int
-    out_of_order: int
-
-    @property
-    def total(self):
-        return self.missed + self.phantoms + self.duplicates + self.out_of_order
-
-
-def emit_next(aggregate, written):
-    """Change the aggregate's row, and so lock it, then emit: the numbers are in the order of the commits."""
-    with connection.cursor() as cursor:
-        cursor.execute("UPDATE test_aggregate SET number = number + 1 WHERE name = %s RETURNING number", [aggregate])
-        number = cursor.fetchone()[0]
-    emit(aggregate, number)
-    written.append((aggregate, number))
-
-
-def emit(aggregate, number):
-    emit_event(
-        "conversation.created",
-        ConversationCreatedPayload(conversation_id=aggregate),
-        aggregate_id=aggregate,
-        tenant_id="t",
-        metadata={"number": str(number)},
-    )
-
-
-def one_transaction(rng, writer, serial):
-    """One of the ways in which transactions meet. Returns what is committed when it returns."""
-    written = []
-    aggregates = sorted(rng.sample([f"a{n}" for n in range(AGGREGATES)], 2))
-    way = rng.choice(["plain", "plain", "first_write", "early_xid", "early_xid", "two", "savepoint", "rollback"])
-    try:
-        with transaction.atomic():
-            if way == "first_write":
-                # Nothing written before: nextval() runs before the transaction has its id.
-                emit(f"w{writer}-{serial}", 1)
-                written.append((f"w{writer}-{serial}", 1))
-            elif way == "early_xid":
-                with connection.cursor() as cursor:
-                    cursor.execute("SELECT pg_current_xact_id()")
-                time.sleep(rng.random() * 0.01)
-                emit_next(aggregates[0], written)
-            elif way == "two":
-                emit_next(aggregates[0], written)
-                emit_next(aggregates[1], written)
-                time.sleep(rng.random() * 0.01)
-            elif way == "savepoint":
-                with pytest.raises(ZeroDivisionError), transaction.atomic():
-                    emit_next(aggregates[0], [])
-                    raise ZeroDivisionError
-                with transaction.atomic():
-                    emit_next(aggregates[0], written)
-            elif way == "rollback":
-                emit_next(aggregates[0], written)
-                raise ZeroDivisionError
-            else:
-                emit_next(aggregates[0], written)
-                if rng.random() < 0.3:
-                    time.sleep(rng.random() * 0.005)
-    except ZeroDivisionError:
-        return []
-    return written
-
-
-@contextmanager
-def writers(ledger, seed):
-    """Eight writers and one that keeps long writing transactions open, until the block is left."""
-    over = threading.Event()
-    errors = []
-
-    def run(write):
-        try:
-            while not over.is_set():
-                write()
-        except Exception as error:
-            errors.append(error)
-        finally:
-            connection.close()
-
-    def short(writer):
-        rng = random.Random(f"{seed}-{writer}")
-        serial = iter(range(10**9))
-        return lambda: ledger.add(one_transaction(rng, writer, next(serial)))
-
-    def long():
-        written = []
-        with transaction.atomic():
-            emit_next("long", written)
-            over.wait(0.7)
-            emit_next("long", written)
-        ledger.add(written)
-
-    threads = [threading.Thread(target=run, args=[short(writer)]) for writer in range(WRITERS)]
-    threads.append(threading.Thread(target=run, args=[long]))
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        for thread in threads:
-            thread.join()
-    assert not errors, errors
-
-
 def published_by(reader, ledger, seed, seconds):
     """Run the writers for `seconds` while the reader reads; return the ids it read, in its order."""
     ids = []
@@ -257,34 +120,6 @@ def published_by(reader, ledger, seed, seconds):
             ids += new
             nothing_new = 0 if new else nothing_new + 1
     return ids
-
-
-def judge(ids, ledger):
-    values = dict(OutboxEvent.objects.values_list("id", "value"))
-    read = defaultdict(list)
-    for id_ in ids:
-        base = BaseEvent.FromString(bytes(values[id_]))
-        read[base.aggregate_id].append(int(base.metadata["number"]))
-    violations = Violations(0, 0, 0, 0)
-    for aggregate in read.keys() | ledger.committed.keys():
-        got, committed = read[aggregate], set(ledger.committed[aggregate])
-        violations.missed += len(committed - set(got))
-        violations.phantoms += len(set(got) - committed)
-        violations.duplicates += len(got) - len(set(got))
-        violations.out_of_order += sum(later < earlier for earlier, later in itertools.pairwise(got))
-    return violations
-
-
-@pytest.fixture(autouse=True)
-def aggregates():
-    with connection.cursor() as cursor:
-        cursor.execute("CREATE TABLE test_aggregate (name text PRIMARY KEY, number int NOT NULL)")
-        cursor.executemany(
-            "INSERT INTO test_aggregate VALUES (%s, 0)", [[f"a{n}"] for n in range(AGGREGATES)] + [["long"]]
-        )
-    yield
-    with connection.cursor() as cursor:
-        cursor.execute("DROP TABLE test_aggregate")
 
 
 def test_nothing_missed_and_order_kept_under_concurrent_writers():
@@ -381,7 +216,7 @@ def test_reading_a_window_does_not_walk_through_published_rows():
         assert "outbox_window" in plan and "outboxevent_pkey" not in plan and "Seq Scan" not in plan, plan
         ids = [id_ for chunk in window_ids(session, lo, hi) for id_ in chunk]
         assert len(ids) == 20
-        plan = _explain(session, PAGE_SQL, [ids])
+        plan = _explain(session, PAGE_SQL, [ids, 10**6])
         assert "outboxevent_pkey" in plan and "Seq Scan" not in plan, plan
 
 
