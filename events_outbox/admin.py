@@ -15,7 +15,8 @@ from django.contrib.admin.models import CHANGE, LogEntry
 from django.core.paginator import Paginator
 from django.db import models
 from django.db.models import QuerySet
-from django.http import HttpRequest
+from django.http import HttpRequest, HttpResponse
+from django.template.response import TemplateResponse
 from django.urls import reverse
 from django.utils import timezone
 from django.utils.functional import cached_property
@@ -23,7 +24,7 @@ from django.utils.html import format_html, format_html_join
 from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 
-from . import dead_letters
+from . import dead_letters, undeliverable
 from .catalog import event_types, topics
 from .handlers import consumers
 from .models import DeadLetter, OutboxEvent, ProcessedEvent, RelayCursor, UndeliverableEvent
@@ -31,6 +32,8 @@ from .proto.base_event_pb2 import BaseEvent
 from .status import COUNT_LIMIT, count_pending
 
 PAGED_ROWS = 10_000
+DISCARD_AT_ONCE = 500
+"""Django takes at most a thousand fields of a form, and a person reads fewer."""
 
 
 class BoundedPaginator(Paginator):  # type: ignore[type-arg]
@@ -114,7 +117,7 @@ class StatusFilter(admin.SimpleListFilter):
     title = parameter_name = "status"
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        return [(status, status) for status in ("pending", "published", "undeliverable")]
+        return [(status, status) for status in ("pending", "published", "undeliverable", "discarded")]
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
         if self.value() == "pending":
@@ -122,7 +125,9 @@ class StatusFilter(admin.SimpleListFilter):
         if self.value() == "published":
             return queryset.past(RelayCursor.read()).filter(undeliverable__isnull=True)  # type: ignore[attr-defined, no-any-return]
         if self.value() == "undeliverable":
-            return queryset.filter(undeliverable__isnull=False)
+            return queryset.filter(undeliverable__isnull=False, undeliverable__discarded_at__isnull=True)
+        if self.value() == "discarded":
+            return queryset.filter(undeliverable__discarded_at__isnull=False)
         return queryset
 
 
@@ -192,7 +197,7 @@ class OutboxEventAdmin(ReadOnlyAdmin):
     @admin.display(description="status")
     def status(self, event: OutboxEvent) -> str:
         if hasattr(event, "undeliverable"):
-            return "undeliverable"
+            return "undeliverable" if event.undeliverable.discarded_at is None else "discarded"
         return "published" if self._cursor.has_published(event) else "pending"
 
     @admin.display(description="event")
@@ -249,15 +254,46 @@ class RelayCursorAdmin(ReadOnlyAdmin):
         return f"{count} or more" if count == COUNT_LIMIT else str(count)
 
 
+class OpenFilter(admin.SimpleListFilter):
+    title = parameter_name = "state"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(state, state) for state in ("open", "discarded")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        if self.value() in ("open", "discarded"):
+            return queryset.filter(discarded_at__isnull=self.value() == "open")
+        return queryset
+
+
 @admin.register(UndeliverableEvent)
 class UndeliverableEventAdmin(ReadOnlyAdmin):
-    list_display = ("id", "event_id", "topic", "aggregate_id", "reason", "parked_at", "redrive_requested_at")
-    list_filter = (TopicFilter, "reason")
+    list_display = ("id", "event_id", "topic", "aggregate_id", "reason", "parked_at", "state")
+    list_filter = (OpenFilter, TopicFilter, "reason")
     search_fields = ("aggregate_id__exact",)
     search_help_text = "an aggregate id, whole"
-    fields = ("event", "topic", "aggregate_id", "reason", "error", "parked_at", "redrive_requested_at", "decoded")
+    fields = (
+        "event",
+        "topic",
+        "aggregate_id",
+        "state",
+        "reason",
+        "error",
+        "parked_at",
+        "redrive_requested_at",
+        "discarded_at",
+        "discarded_by",
+        "discard_reason",
+        "decoded",
+    )
     list_select_related = ("event",)
-    actions = ("redrive",)
+    actions = ("redrive", "discard")
+
+    @admin.display(description="state")
+    def state(self, parked: UndeliverableEvent) -> str:
+        if parked.discarded_at is not None:
+            return "discarded"
+        return "open" if parked.redrive_requested_at is None else "to be redriven"
 
     @admin.display(description="event")
     def decoded(self, parked: UndeliverableEvent) -> str:
@@ -265,15 +301,58 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
 
     @admin.action(description="Redrive with all events of the same key, in order", permissions=["operate"])
     def redrive(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> None:
-        keys = set(queryset.values_list("topic", "aggregate_id"))
-        count = 0
-        for topic, aggregate_id in keys:
-            count += UndeliverableEvent.objects.filter(topic=topic, aggregate_id=aggregate_id).update(
-                redrive_requested_at=timezone.now()
+        chosen = list(queryset)
+        try:
+            redriven = undeliverable.redrive(
+                undeliverable.with_ids([parked.pk for parked in chosen]), by=str(request.user)
             )
-        for parked in queryset:
+        except undeliverable.ActionRefused as error:
+            self.message_user(request, f"{error}; nothing was changed", messages.ERROR)
+            return
+        for parked in chosen:
             self.log(request, parked, "redrive requested")
-        self.message_user(request, f"{count} events of {len(keys)} keys: the relay publishes them within seconds")
+        self.message_user(
+            request, f"{redriven.events} events of {redriven.keys} keys: the relay publishes them within seconds"
+        )
+
+    @admin.action(description="Discard: give up, and let what waits behind go on", permissions=["operate"])
+    def discard(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> HttpResponse | None:
+        """Ask for the reason on a page of its own, then discard."""
+        chosen = list(queryset.order_by("id")[: DISCARD_AT_ONCE + 1])
+        if len(chosen) > DISCARD_AT_ONCE:
+            hint = "use `manage.py undeliverable discard`"
+            self.message_user(request, f"select at most {DISCARD_AT_ONCE}, or {hint}", messages.ERROR)
+            return None
+        ids = [parked.pk for parked in chosen]
+        reason = request.POST.get("reason", "")
+        try:
+            if "confirmed" in request.POST and reason.strip():
+                discarded = undeliverable.discard(ids, reason=reason, by=str(request.user))
+            else:
+                preview = undeliverable.discard(ids, reason="preview", by="", dry_run=True)
+                return self._ask_why(request, chosen, preview)
+        except undeliverable.ActionRefused as error:
+            self.message_user(request, f"{error}; nothing was changed", messages.ERROR)
+            return None
+        for parked in chosen:
+            self.log(request, parked, f"discarded: {reason.strip()}")
+        freed = discarded.redriven
+        more = f"; {freed.events} events of {freed.keys} keys waited for them and are redriven" if freed.events else ""
+        self.message_user(request, f"{discarded.events} undeliverable events discarded{more}")
+        return None
+
+    def _ask_why(
+        self, request: HttpRequest, chosen: list[UndeliverableEvent], preview: undeliverable.Discarded
+    ) -> HttpResponse:
+        context = {
+            **self.admin_site.each_context(request),
+            "title": "Discard undeliverable events",
+            "opts": self.opts,
+            "chosen": chosen,
+            "freed": preview.redriven,
+            "reason_is_missing": "confirmed" in request.POST,
+        }
+        return TemplateResponse(request, "admin/events_outbox/discard_undeliverable.html", context)
 
 
 @admin.register(ProcessedEvent)

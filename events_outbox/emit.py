@@ -53,8 +53,7 @@ _COLUMNS = (
 _FIELDS = ("id", "transaction_id", *_COLUMNS[:-1], "created_at", "value")
 _TARGET = f"events_outbox_outboxevent ({', '.join(_COLUMNS)})"
 _INSERT_SQL = (
-    f"INSERT INTO {_TARGET} VALUES ({', '.join(['%s'] * len(_COLUMNS))}) "
-    "RETURNING id, transaction_id::text, created_at"
+    f"INSERT INTO {_TARGET} VALUES ({', '.join(['%s'] * len(_COLUMNS))}) RETURNING id, transaction_id::text, created_at"
 )
 _COPY_SQL = f"COPY {_TARGET} FROM STDIN (FORMAT binary)"
 _LENGTH = struct.Struct(">i").pack

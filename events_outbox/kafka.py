@@ -1,6 +1,8 @@
 """Clients, settings and topics: the only import of confluent_kafka."""
 
 import logging
+import re
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,22 +17,24 @@ from confluent_kafka import (
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 from django.core.exceptions import ImproperlyConfigured
+from django.utils.module_loading import import_string
 
 from .catalog import topics
 from .conf import outbox_settings
 
 logger = logging.getLogger("librdkafka")
+# We know that it is called experimental: the tests of refused records hold it to what it says.
+logger.addFilter(lambda line: "enable.gapless.guarantee is experimental" not in line.getMessage())
 NO_KAFKA_HINT = "run `make up` in another terminal, or set KAFKA_BOOTSTRAP_SERVERS"
-Client = TypeVar("Client", Producer, Consumer)
+Client = TypeVar("Client", Producer, Consumer, AdminClient)
+TellError = Callable[[KafkaError], None]
 
-RECORD_REFUSALS = frozenset(
+_SECRET_SETTING = re.compile(r"password|secret|token|jaas|oauthbearer\.config|\.pem$")
+_NO_TOKEN_SECONDS = 5.0
+_REASON_SECONDS = 30.0
+
+TOPIC_REFUSALS = frozenset(
     {
-        KafkaError.MSG_SIZE_TOO_LARGE,
-        KafkaError.RECORD_LIST_TOO_LARGE,
-        KafkaError.INVALID_MSG,
-        KafkaError.INVALID_RECORD,
-        KafkaError.INVALID_TIMESTAMP,
-        KafkaError.POLICY_VIOLATION,
         KafkaError.TOPIC_EXCEPTION,
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
         KafkaError.UNKNOWN_TOPIC_OR_PART,
@@ -38,6 +42,16 @@ RECORD_REFUSALS = frozenset(
         KafkaError._UNKNOWN_PARTITION,
     }
 )
+"""Errors that speak of a record's topic."""
+RECORD_REFUSALS = TOPIC_REFUSALS | {
+    KafkaError.MSG_SIZE_TOO_LARGE,
+    KafkaError.RECORD_LIST_TOO_LARGE,
+    KafkaError.INVALID_MSG,
+    KafkaError.INVALID_RECORD,
+    KafkaError._INVALID_DIFFERENT_RECORD,
+    KafkaError.INVALID_TIMESTAMP,
+    KafkaError.POLICY_VIOLATION,
+}
 """Errors that speak of the record or its topic, not of the broker: waiting does not help, the event is parked."""
 
 
@@ -48,7 +62,8 @@ def producer_settings() -> dict[str, Any]:
     """
     conf = outbox_settings()
     safety: dict[str, Any] = (
-        {"enable.idempotence": True, "acks": "all"}
+        # Gapless: where the broker refuses a record, nothing that was produced after it may get there.
+        {"enable.idempotence": True, "acks": "all", "enable.gapless.guarantee": True}
         if conf.ACKS == "all"
         # librdkafka refuses acks=1 with idempotence; one request in flight at least keeps the order across retries.
         else {"enable.idempotence": False, "acks": conf.ACKS, "max.in.flight.requests.per.connection": 1}
@@ -60,6 +75,8 @@ def producer_settings() -> dict[str, Any]:
         "linger.ms": 2,
         "message.timeout.ms": 0,
         "delivery.report.only.error": True,
+        # How long a topic that the broker does not know yet is waited for, and with it all others.
+        "topic.metadata.propagation.max.ms": 5000,
         # A broker that comes back is noticed within a second, not after the default's ten.
         "reconnect.backoff.max.ms": 1000,
         **safety,
@@ -108,13 +125,90 @@ def make_consumer(
     )
 
 
+def make_reader(on_error: TellError) -> Consumer:
+    """Return a consumer for `assign()`: it joins no group and commits nothing. `on_error` hears of broker trouble.
+
+    Raises ImproperlyConfigured when librdkafka refuses the settings.
+    """
+    settings = {"client.id": "relay_outbox", "group.id": "relay_outbox", "enable.auto.commit": False}
+    return _make(Consumer, {**settings, **outbox_settings().KAFKA, "error_cb": on_error})
+
+
 def _make(client: type[Client], settings: dict[str, Any]) -> Client:
     if not settings.get("bootstrap.servers"):
         raise ImproperlyConfigured('EVENTS_OUTBOX["KAFKA"] has no "bootstrap.servers": ' + NO_KAFKA_HINT)
+    tell = _told_well(settings["error_cb"])
+    changed: dict[str, Any] = {"error_cb": tell}
+    if "oauth_cb" in settings:
+        changed["oauth_cb"] = _token_source(settings["oauth_cb"], tell)
     try:
-        return client(settings, logger=logger)
+        return client({**settings, **changed}, logger=logger)
     except KafkaException as error:
-        raise ImproperlyConfigured(f"librdkafka refuses the Kafka settings: {error.args[0].str()}") from None
+        reason = without_secrets(error.args[0].str())
+        raise ImproperlyConfigured(f"librdkafka refuses the Kafka settings: {reason}") from None
+
+
+def without_secrets(text: str) -> str:
+    """Return the text with the values of secret settings taken out.
+
+    librdkafka shows none of them by itself; a broker, or whoever issues OAuth tokens, may echo what it was sent.
+    """
+    conf = outbox_settings()
+    for settings in (conf.KAFKA, conf.KAFKA_PRODUCER, conf.KAFKA_CONSUMER):
+        for name, value in settings.items():
+            # Cutting a shorter value out of every word would give it away rather than hide it.
+            if _SECRET_SETTING.search(name) and isinstance(value, str) and len(value) > 3:
+                text = text.replace(value, "***")
+    return text
+
+
+class _WithoutSecrets(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_secrets(record.getMessage()), None
+        return True
+
+
+logger.addFilter(_WithoutSecrets())
+
+
+def _told_well(on_error: TellError) -> TellError:
+    """Pass errors on without secrets, and without the "all brokers are down" that follows when one has said why."""
+    reason_at = float("-inf")
+
+    def tell(error: KafkaError) -> None:
+        nonlocal reason_at
+        now = time.monotonic()
+        if error.code() != KafkaError._ALL_BROKERS_DOWN:
+            reason_at = now
+        elif now - reason_at < _REASON_SECONDS:
+            return
+        on_error(KafkaError(error.code(), without_secrets(error.str()), error.fatal()))
+
+    return tell
+
+
+def _token_source(source: Any, tell: TellError) -> Callable[[str], tuple[Any, ...]]:
+    """Return the `oauth_cb` of the settings, a function or the dotted path of one, so that it never fails.
+
+    Raises ImproperlyConfigured when there is no such function.
+    """
+    try:
+        get_token = import_string(source) if isinstance(source, str) else source
+    except ImportError as error:
+        raise ImproperlyConfigured(f'EVENTS_OUTBOX["KAFKA"]["oauth_cb"]: {error}') from None
+    if not callable(get_token):
+        raise ImproperlyConfigured('EVENTS_OUTBOX["KAFKA"]["oauth_cb"] must be a function or the dotted path of one')
+
+    def token(config: str) -> tuple[Any, ...]:
+        try:
+            return tuple(get_token(config))
+        except Exception as error:
+            tell(KafkaError(KafkaError._AUTHENTICATION, f"oauth_cb failed: {type(error).__name__}: {error}"))
+            # Without a token the client could not even be made, and an outage of who issues tokens would end the
+            # process. The broker refuses this one, and librdkafka soon asks for another.
+            return "no-token", time.time() + _NO_TOKEN_SECONDS
+
+    return token
 
 
 def create_topics(timeout_seconds: float = 30.0) -> list[str]:
@@ -124,10 +218,14 @@ def create_topics(timeout_seconds: float = 30.0) -> list[str]:
     with fewer partitions than configured.
     """
     conf = outbox_settings()
-    admin = AdminClient(dict(conf.KAFKA))
-    there = admin.list_topics(timeout=timeout_seconds).topics
+    admin, there = _admin_and_topics(timeout_seconds)
     missing = [
-        NewTopic(topic, num_partitions=conf.TOPIC_PARTITIONS, replication_factor=conf.TOPIC_REPLICATION_FACTOR)
+        NewTopic(
+            topic,
+            num_partitions=conf.TOPIC_PARTITIONS,
+            replication_factor=conf.TOPIC_REPLICATION_FACTOR,
+            config={"retention.ms": str(conf.TOPIC_RETENTION_DAYS * 86_400_000)},
+        )
         for topic in topics()
         if topic not in there
     ]
@@ -147,8 +245,29 @@ def create_topics(timeout_seconds: float = 30.0) -> list[str]:
     return [topic.topic for topic in missing]
 
 
+def _admin_and_topics(timeout_seconds: float) -> tuple[AdminClient, dict[str, Any]]:
+    """Return a client for topic administration, and the topics that are there.
+
+    Raises KafkaException: at once when the broker refuses the login or the certificates, else when time is up.
+    """
+    told: list[KafkaError] = []
+    admin = _make(AdminClient, {**outbox_settings().KAFKA, "error_cb": told.append})
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            return admin, admin.list_topics(timeout=min(timeout_seconds, 1.0)).topics
+        except KafkaException as error:
+            admin.poll(0)
+            for reason in told:
+                if reason.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL):
+                    raise KafkaException(reason) from None
+            if time.monotonic() > deadline:
+                raise KafkaException(told[-1] if told else error.args[0]) from None
+
+
 __all__ = [
     "RECORD_REFUSALS",
+    "TOPIC_REFUSALS",
     "Consumer",
     "KafkaError",
     "KafkaException",
@@ -158,5 +277,7 @@ __all__ = [
     "create_topics",
     "make_consumer",
     "make_producer",
+    "make_reader",
     "producer_settings",
+    "without_secrets",
 ]

@@ -92,7 +92,8 @@ class Leader:
         self.parked_keys: set[tuple[str, str]] = set()
         self.last_error = ""
         self._place = "(0,0)"  # of the cursor's row in its table
-        self._discarded = 0
+        self._discarded: tuple[Any, ...] = ()
+        self._server_process = 0
         self._published_total = 0
         self._totals = deque([(time.monotonic(), 0)])
 
@@ -101,8 +102,10 @@ class Leader:
 
         Can take long after a restore. Raises CursorLost when the cursor is to be rebuilt and the broker is away.
         """
-        row = self.session.execute("SELECT pg_try_advisory_lock(%s)", [LOCK_KEY]).fetchone()
-        if not row or not row[0]:
+        ((leads, self._server_process),) = self.session.execute(
+            "SELECT pg_try_advisory_lock(%s), pg_backend_pid()", [LOCK_KEY]
+        ).fetchall()
+        if not leads:
             self._end_frozen_leader()
             return False
         self._load()
@@ -227,6 +230,7 @@ class Leader:
             self.window_last_id,
             self.last_error,
             self._rate(),
+            self._server_process,
         ]
         # By the row's place: while a long transaction keeps its dead versions alive, a search by id goes through
         # all of them, and each save would take longer than the one before.
@@ -234,13 +238,13 @@ class Leader:
             row = self.session.execute(
                 f"""UPDATE {_CURSOR} SET published = %s, "window" = %s, window_last_id = %s,
                            heartbeat_at = now(), last_error = %s, events_per_second = %s
-                     WHERE {place} RETURNING ctid::text""",
+                     WHERE {place} AND pg_backend_pid() = %s RETURNING ctid::text""",
                 values,
             ).fetchone()
             if row:
                 self._place = row[0]
                 return
-        raise LeadershipLost("the cursor's row is gone")
+        raise LeadershipLost("the cursor's row is gone, or a pooler has given this session's lock to another one")
 
     def _rate(self) -> float:
         now = time.monotonic()
@@ -257,8 +261,8 @@ class Leader:
         A request extends to what was parked behind it since: a key is redriven whole or not at all. What was parked
         behind a discarded event, because this relay had not heard of that yet, is redriven too.
         """
-        ((discarded,),) = self.session.execute(
-            f"SELECT count(*) FROM {_UNDELIVERABLE} WHERE discarded_at IS NOT NULL"
+        (discarded,) = self.session.execute(
+            f"SELECT count(*), max(discarded_at) FROM {_UNDELIVERABLE} WHERE discarded_at IS NOT NULL"
         ).fetchall()
         if discarded != self._discarded:
             self._discarded = discarded

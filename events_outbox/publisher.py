@@ -81,7 +81,7 @@ class Publisher:
                 one_by_one, left = left, []
                 for row in one_by_one:
                     left += self._attempt([row], parking)
-                    self._on_wait("")  # takes a while: stay alive
+                    self._on_wait("publishing one by one after a refusal")  # takes a while: stay alive
         _count_published(rows, parking.parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
         return [parking.parked[row[0]] for row in rows if row[0] in parking.parked]

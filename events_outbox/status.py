@@ -17,41 +17,101 @@ from .models import DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent
 SCRAPE_SECONDS = 3
 COUNT_LIMIT = 100_000
 """Counts stop here where speed matters more than the exact figure: metrics and the admin."""
+QUERY_CHARACTERS = 200
+
+
+@dataclass(frozen=True)
+class OpenTransaction:
+    """A transaction that has written to the outbox and has not ended: its own events, and no others, wait for it.
+
+    `prepared` is its name when it was prepared for a two-phase commit: it has no session then, and waits for
+    COMMIT PREPARED or ROLLBACK PREPARED. `query` is the last statement of its session, which may hold data. What
+    PostgreSQL does not show to this user is None, and "<insufficient privilege>" for the query.
+    """
+
+    pid: int | None
+    prepared: str | None
+    application_name: str | None
+    user: str | None
+    client: str | None
+    state: str | None
+    age_seconds: float | None
+    query: str | None
 
 
 @dataclass(frozen=True)
 class OutboxStatus:
-    """`oldest_pending_age_seconds` and `leader` are None when nothing is pending and when no relay leads."""
+    """The state at one moment.
 
-    pending: int
-    oldest_pending_age_seconds: float | None
-    undeliverable: int
-    dead_letters: dict[str, int]
+    None: `oldest_pending_age_seconds` when nothing is pending; `leader`, `leader_host`, `leader_pid`, `leader_since`
+    when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none.
+    `undeliverable` counts the open ones. `lock_held_by` is the application name of whoever holds the leader's lock
+    without being a relay, e.g. replay_outbox; empty otherwise.
+    """
+
     leader: str | None
+    leader_host: str | None
+    leader_pid: int | None
     leader_since: datetime | None
+    lock_held_by: str
     heartbeat_age_seconds: float | None
     standbys: int
+    pending: int
+    oldest_pending_age_seconds: float | None
+    events_per_second: float
     last_error: str
+    open_transactions: int
+    oldest_open_transaction: OpenTransaction | None
+    undeliverable: int
+    undeliverable_to_redrive: int
+    undeliverable_discarded: int
+    dead_letters: dict[str, int]
     published: str
     window: str | None
+
+    def trouble(self, older_than_seconds: float) -> str | None:
+        """Say in a sentence why events are not on their way as they should be; None when they are.
+
+        That is when the oldest pending event is older than that, or anything is pending and no relay leads. What an
+        open transaction holds back is not pending: nobody knows yet whether it will ever be an event.
+        """
+        if self.oldest_pending_age_seconds is not None and self.oldest_pending_age_seconds > older_than_seconds:
+            error = f" (the relay says: {self.last_error})" if self.last_error else ""
+            age = f"{self.oldest_pending_age_seconds:.0f} s old, more than {older_than_seconds:.0f} s"
+            return f"the oldest of {self.pending} pending events is {age}{error}"
+        if self.pending and self.leader is None:
+            return f"{self.pending} events are pending and no relay leads"
+        return None
 
 
 def read_status(count_limit: int | None = None) -> OutboxStatus:
     """Read the state now. `count_limit`: stop counting pending events there; None counts them all."""
     cursor = RelayCursor.read()
     pending, oldest = count_pending(cursor, count_limit)
-    leader_alive, standbys = _relays()
+    holder, standbys = _relays()
+    leads = holder == APPLICATION_NAME
+    host, _, pid = cursor.leader.rpartition(":")
+    transactions = open_transactions()
+    undeliverable = UndeliverableEvent.objects.open()
     now = datetime.now(UTC)
     return OutboxStatus(
+        leader=cursor.leader if leads else None,
+        leader_host=host if leads else None,
+        leader_pid=int(pid) if leads and pid.isdecimal() else None,
+        leader_since=cursor.leader_since if leads else None,
+        lock_held_by="" if leads else holder,
+        heartbeat_age_seconds=max((now - cursor.heartbeat_at).total_seconds(), 0.0) if cursor.heartbeat_at else None,
+        standbys=standbys,
         pending=pending,
         oldest_pending_age_seconds=max((now - oldest).total_seconds(), 0.0) if oldest else None,
-        undeliverable=UndeliverableEvent.objects.count(),
-        dead_letters=open_dead_letters(),
-        leader=cursor.leader if leader_alive else None,
-        leader_since=cursor.leader_since if leader_alive else None,
-        heartbeat_age_seconds=(now - cursor.heartbeat_at).total_seconds() if cursor.heartbeat_at else None,
-        standbys=standbys,
+        events_per_second=cursor.events_per_second if leads else 0.0,
         last_error=cursor.last_error,
+        open_transactions=len(transactions),
+        oldest_open_transaction=transactions[0] if transactions else None,
+        undeliverable=undeliverable.count(),
+        undeliverable_to_redrive=undeliverable.filter(redrive_requested_at__isnull=False).count(),
+        undeliverable_discarded=UndeliverableEvent.objects.filter(discarded_at__isnull=False).count(),
+        dead_letters=open_dead_letters(),
         published=str(cursor.published),
         window=str(cursor.window) if cursor.window else None,
     )
@@ -70,20 +130,49 @@ def open_dead_letters() -> dict[str, int]:
     return dict(counts)
 
 
-def _relays() -> tuple[bool, int]:
-    """Whether a relay holds the lock, and how many others are connected."""
+# Whoever inserts holds this lock, on a partitioned table too, until the transaction ends. So does the relay for a
+# moment when it prunes.
+_OPEN_TRANSACTIONS_SQL = """
+    SELECT w.pid, p.gid, a.application_name, coalesce(a.usename, p.owner), a.client_addr::text, a.state,
+           extract(epoch FROM clock_timestamp() - coalesce(a.xact_start, p.prepared))::float8, left(a.query, %s)
+      FROM (SELECT DISTINCT l.pid, l.virtualtransaction FROM pg_locks l
+             WHERE l.locktype = 'relation' AND l.mode = 'RowExclusiveLock' AND l.granted
+               AND l.database = (SELECT oid FROM pg_database WHERE datname = current_database())
+               AND l.relation = 'events_outbox_outboxevent'::regclass) w
+      LEFT JOIN pg_stat_activity a ON a.pid = w.pid
+      -- A prepared transaction has no process; it is found by the lock on its own transaction id.
+      LEFT JOIN pg_prepared_xacts p ON w.pid IS NULL AND p.transaction IN (
+            SELECT x.transactionid FROM pg_locks x
+             WHERE x.locktype = 'transactionid' AND x.pid IS NULL AND x.virtualtransaction = w.virtualtransaction)
+     WHERE w.pid IS DISTINCT FROM pg_backend_pid() AND a.application_name IS DISTINCT FROM %s
+     ORDER BY coalesce(a.xact_start, p.prepared) NULLS LAST
+"""
+
+
+def open_transactions() -> list[OpenTransaction]:
+    """Return the transactions that have written to the outbox and have not ended, the oldest first."""
+    with connection.cursor() as cursor:
+        cursor.execute(_OPEN_TRANSACTIONS_SQL, [QUERY_CHARACTERS, APPLICATION_NAME])
+        return [OpenTransaction(*row) for row in cursor.fetchall()]
+
+
+def _relays() -> tuple[str, int]:
+    """The application name of who holds the leader's lock (empty: nobody), and how many relays stand by."""
     with connection.cursor() as cursor:
         cursor.execute(
-            """SELECT EXISTS (SELECT FROM pg_locks
-                               WHERE locktype = 'advisory' AND granted AND objsubid = 1
-                                 AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
-                                 AND (classid::bigint << 32) + objid::bigint = %s),
+            """WITH holder AS (
+                   SELECT pid FROM pg_locks
+                    WHERE locktype = 'advisory' AND granted AND objsubid = 1
+                      AND database = (SELECT oid FROM pg_database WHERE datname = current_database())
+                      AND (classid::bigint << 32) + objid::bigint = %s)
+               SELECT (SELECT application_name FROM pg_stat_activity JOIN holder USING (pid)),
                       (SELECT count(*) FROM pg_stat_activity
-                        WHERE application_name = %s AND datname = current_database())""",
+                        WHERE application_name = %s AND datname = current_database()
+                          AND pid NOT IN (SELECT pid FROM holder))""",
             [LOCK_KEY, APPLICATION_NAME],
         )
-        leads, sessions = cursor.fetchone()
-    return leads, sessions - 1 if leads else sessions
+        holder, standbys = cursor.fetchone()
+    return holder or "", standbys
 
 
 class StatusCollector(Collector):
@@ -107,9 +196,14 @@ class StatusCollector(Collector):
             "outbox_oldest_pending_age_seconds", "Age of the oldest pending event", value=max(age_seconds, 0.0)
         )
         yield GaugeMetricFamily(
+            "outbox_oldest_open_transaction_age_seconds",
+            "Age of the oldest open transaction that has written events: those wait for its end",
+            value=max((writer.age_seconds or 0.0 for writer in open_transactions()), default=0.0),
+        )
+        yield GaugeMetricFamily(
             "outbox_undeliverable_events",
             "Events parked because the broker refused them or one before",
-            value=UndeliverableEvent.objects.count(),
+            value=UndeliverableEvent.objects.open().count(),
         )
         family = GaugeMetricFamily("consumer_dead_letters", "Open dead letters", labels=["consumer"])
         for consumer, count in open_dead_letters().items():
@@ -120,3 +214,16 @@ class StatusCollector(Collector):
 def register_status_metrics() -> None:
     """Expose the database's view on every metrics endpoint of this process."""
     metrics.register_collector(StatusCollector())
+
+
+def readable_seconds(seconds: float) -> str:
+    """A duration for people, to two units: "0.4 s", "3 min 12 s", "2 d 4 h"."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    parts: list[str] = []
+    rest = round(seconds)
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count or parts:
+            parts.append(f"{count} {unit}")
+    return " ".join(part for part in parts[:2] if not part.startswith("0 "))

@@ -45,7 +45,7 @@ def three_events(emit):
     published, undeliverable = emit("c-published"), emit("c-parked")
     with connection.cursor() as cursor:
         cursor.execute("SELECT pg_current_snapshot()::text")
-        RelayCursor.objects.create(published=PgSnapshot.parse(cursor.fetchone()[0]), leader="host:1")
+        RelayCursor.objects.update(published=PgSnapshot.parse(cursor.fetchone()[0]), leader="host:1")
     UndeliverableEvent.objects.create(
         event=undeliverable, topic=undeliverable.topic, aggregate_id="c-parked", reason="MSG_SIZE_TOO_LARGE", error="x"
     )
@@ -153,6 +153,91 @@ def test_redrive_marks_the_whole_key_and_is_logged(operator, three_events, emit)
     assert "2 events of 1 keys" in answer.content.decode()
     assert UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).count() == 2
     assert "redrive requested" in LogEntry.objects.get().change_message
+
+
+@pytest.fixture
+def parked_key(three_events, emit):
+    """The undeliverable event and one that waits behind it."""
+    parked = UndeliverableEvent.objects.get()
+    behind = UndeliverableEvent.objects.create(
+        event=emit("c-parked"), topic=parked.topic, aggregate_id="c-parked", reason="behind", error="x"
+    )
+    return parked, behind
+
+
+def confirm_discard(client, objects, reason):
+    url = reverse("admin:events_outbox_undeliverableevent_changelist")
+    ids = [obj.pk for obj in objects]
+    form = {"action": "discard", "_selected_action": ids, "confirmed": "yes", "reason": reason}
+    return client.post(url, form, follow=True).content.decode()
+
+
+def test_discard_asks_for_a_reason_and_is_logged(operator, parked_key):
+    parked, behind = parked_key
+    asked = act(operator, "undeliverableevent", "discard", [parked]).content.decode()
+    assert "conversation.created" in asked and 'name="reason"' in asked
+    assert "1 events of 1 keys wait for them" in asked
+    assert "Say why" not in asked
+    asked_again = confirm_discard(operator, [parked], " ")
+    assert "Say why" in asked_again and 'name="reason"' in asked_again
+    assert UndeliverableEvent.objects.open().count() == 2 and not LogEntry.objects.exists()
+
+    answer = confirm_discard(operator, [parked], "test data")
+    assert "1 undeliverable events discarded; 1 events of 1 keys waited for them and are redriven" in answer
+    parked.refresh_from_db()
+    behind.refresh_from_db()
+    assert (parked.discarded_by, parked.discard_reason) == ("alice", "test data") and parked.discarded_at
+    assert behind.discarded_at is None and behind.redrive_requested_at
+    entry = LogEntry.objects.get()
+    assert entry.change_message == "discarded: test data" and entry.object_id == str(parked.pk)
+    assert "Discarded already" in confirm_discard(operator, [parked], "again")
+    text = detail(operator, parked)
+    assert "test data" in text and "alice" in text
+
+
+def test_open_and_discarded_events_are_told_apart(operator, parked_key):
+    parked, behind = parked_key
+    confirm_discard(operator, [parked], "test data")
+
+    def listed(**query):
+        text = page(operator, "undeliverableevent", **query)
+        return {p.pk for p in parked_key if f'value="{p.pk}" class="action-select"' in text}
+
+    assert listed() == {parked.pk, behind.pk}
+    assert listed(state="open") == {behind.pk} and listed(state="discarded") == {parked.pk}
+    states = page(operator, "undeliverableevent")
+    assert '<td class="field-state">discarded</td>' in states
+    assert '<td class="field-state">to be redriven</td>' in states
+    answer = act(operator, "undeliverableevent", "redrive", [parked, behind]).content.decode()
+    assert "Discarded already" in answer and "nothing was changed" in answer
+
+    # The event itself is shown as discarded, and no more as undeliverable.
+    event_id = str(parked.event.event_id)
+    assert '<td class="field-status">discarded</td>' in page(operator, "outboxevent", q=event_id)
+    assert event_id in page(operator, "outboxevent", status="discarded")
+    for status in ("undeliverable", "published", "pending"):
+        assert event_id not in page(operator, "outboxevent", status=status)
+
+
+def test_more_than_can_be_looked_at_is_not_discarded_at_once(operator, parked_key, monkeypatch):
+    monkeypatch.setattr("events_outbox.admin.DISCARD_AT_ONCE", 1)
+    answer = act(operator, "undeliverableevent", "discard", parked_key).content.decode()
+    assert "Select at most 1, or use `manage.py undeliverable discard`" in answer
+
+
+def test_a_hostile_aggregate_id_is_text_on_the_discard_page(operator, parked_key):
+    parked, _ = parked_key
+    UndeliverableEvent.objects.filter(pk=parked.pk).update(aggregate_id="<script>alert(1)</script>")
+    asked = act(operator, "undeliverableevent", "discard", [parked]).content.decode()
+    assert "&lt;script&gt;alert(1)" in asked and "<script>alert(1)" not in asked
+
+
+def test_who_may_only_look_cannot_redrive_or_discard(onlooker, parked_key):
+    for word in ('value="redrive"', 'value="discard"'):
+        assert word not in page(onlooker, "undeliverableevent")
+    act(onlooker, "undeliverableevent", "redrive", parked_key)
+    confirm_discard(onlooker, parked_key, "because")
+    assert UndeliverableEvent.objects.open().filter(redrive_requested_at__isnull=True).count() == 2
 
 
 @pytest.fixture

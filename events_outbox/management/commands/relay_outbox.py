@@ -1,6 +1,7 @@
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from events_outbox.management.process import run_until_signalled
 from events_outbox.relay import Relay
@@ -15,9 +16,12 @@ class Command(BaseCommand):
         parser.add_argument("--metrics-port", type=int, default=0, help="serve /metrics and /livez here (default: off)")
 
     def handle(self, **options: Any) -> None:
-        run_until_signalled(
-            "relay",
-            options["metrics_port"],
-            lambda tick: Relay(batch_size=options["batch_size"], on_tick=tick),
-            until_empty=options["until_empty"],
-        )
+        try:
+            run_until_signalled(
+                "relay",
+                options["metrics_port"],
+                lambda tick: Relay(batch_size=options["batch_size"], on_tick=tick),
+                until_empty=options["until_empty"],
+            )
+        except ImproperlyConfigured as error:
+            raise CommandError(str(error)) from error
