@@ -75,10 +75,11 @@ def event_type_for(event_type: str, version: str) -> EventType:
     try:
         return _catalog[event_type, version]
     except KeyError:
+        wanted = f"{event_type} {version}"[:200]  # the message is for people, whatever was asked for
         known = sorted(f"{name} {known_version}" for name, known_version in _catalog)
-        near = difflib.get_close_matches(f"{event_type} {version}", known, n=3)
+        near = difflib.get_close_matches(wanted, known, n=3)
         hint = f"did you mean {' or '.join(near)}?" if near else "register it in your app's events.py"
-        raise UnknownEventType(f"no event type {event_type} {version} in the catalog: {hint}") from None
+        raise UnknownEventType(f"no event type {wanted} in the catalog: {hint}") from None
 
 
 def event_types() -> list[EventType]:

@@ -180,7 +180,10 @@ def _copy_row(columns: Columns) -> bytes:
 
 def _trace_fields() -> TraceFields:
     carrier: dict[str, str] = {}
-    propagate.inject(carrier)
+    try:
+        propagate.inject(carrier)
+    except UnicodeEncodeError:
+        raise InvalidEventField("the trace's baggage contains an unpaired surrogate, which is no valid text") from None
     return carrier.get("traceparent", ""), carrier.get("tracestate", "")[:512], carrier.get("baggage", "")
 
 

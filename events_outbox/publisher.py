@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -38,6 +39,9 @@ Row = tuple[Any, ...]
 Key = tuple[str, str]
 """Topic and aggregate id: within it order is kept."""
 
+KEYS_THAT_MEET_EVERY_PARTITION = 10_000
+KNOWN_SECONDS = 3600.0
+
 
 class ProducerBroken(Exception):
     """The producer failed in a way that is not about a record. Nothing of the batch counts as published."""
@@ -59,6 +63,8 @@ class Publisher:
         self._errors: dict[int, KafkaError] = {}
         self._broken = ""
         self._trouble = ""
+        self._known_keys: dict[str, set[bytes]] = defaultdict(set)  # by topic
+        self._forgets_keys_at = 0.0
         # Counters begin at 0: one that is born with its first event shows no increase for it.
         for topic in topics():
             metrics.OUTBOX_PUBLISHED.labels(topic)
@@ -76,15 +82,39 @@ class Publisher:
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
             if span.is_recording():
                 _describe(span, rows)
-            left = self._attempt(rows, parking)
-            while left:
-                one_by_one, left = left, []
-                for row in one_by_one:
-                    left += self._attempt([row], parking)
-                    self._on_wait("publishing one by one after a refusal")  # takes a while: stay alive
+            rest = rows
+            while rest:
+                wave, rest = self._next_wave(rest)
+                left = self._attempt(wave, parking)
+                while left:
+                    one_by_one, left = left, []
+                    for row in one_by_one:
+                        left += self._attempt([row], parking)
+                        self._on_wait("publishing one by one after a refusal")  # takes a while: stay alive
         _count_published(rows, parking.parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
         return [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
+
+    def _next_wave(self, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
+        """Return what goes out now, the first event of each key that is new to this producer, and the rest.
+
+        A broker that holds nothing of a producer in a partition takes any sequence number from it: what is under way
+        behind a refused first record would get there, gapless or not. That is over when so many keys of a topic were
+        taken that no partition was left out. Brokers forget a producer that is silent for a day.
+        """
+        if time.monotonic() > self._forgets_keys_at:
+            self._known_keys.clear()
+            self._forgets_keys_at = time.monotonic() + KNOWN_SECONDS
+        enough = {topic for topic, keys in self._known_keys.items() if len(keys) > KEYS_THAT_MEET_EVERY_PARTITION}
+        if enough and enough.issuperset({row[1] for row in rows}):
+            return rows, []
+        first: list[Row] = []
+        rest: list[Row] = []
+        for row in rows:
+            keys = self._known_keys[row[1]]
+            (rest if row[2] in keys else first).append(row)
+            keys.add(row[2])  # close() forgets them, after a refusal too
+        return (first, rest) if first else (rest, [])
 
     def _attempt(self, rows: Sequence[Row], parking: "_Parking") -> list[Row]:
         """Produce the rows and wait for the reports. Park what is refused; return, in order, what is to try again."""
@@ -184,6 +214,7 @@ class Publisher:
             self._poll(0)
         self._producer = None
         self._broken = ""
+        self._known_keys.clear()
 
 
 class _Parking:

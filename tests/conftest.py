@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.secure_kafka import SecureKafka
 from tests.services import SERVICES, Kafka
 
 
@@ -16,6 +17,21 @@ def kafka(request: pytest.FixtureRequest) -> Kafka:
     broker = request.config.stash[SERVICES].kafka
     broker.start()
     return broker
+
+
+@pytest.fixture(scope="session")
+def secure_kafka(request: pytest.FixtureRequest) -> Iterator[SecureKafka]:
+    """A second broker with TLS, SASL and ACLs, started by the first test that asks: see `tests.secure_kafka`.
+
+    Needs Apache Kafka and openssl; mark the test so. Each test makes its own users, and topics where it changes them.
+    """
+    services = request.config.stash[SERVICES]
+    broker = SecureKafka(services.data_dir / "secure-kafka", services.log.fileno())
+    try:
+        broker.start()
+        yield broker
+    finally:
+        broker.stop()
 
 
 @pytest.fixture(autouse=True)

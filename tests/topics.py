@@ -30,7 +30,16 @@ class TopicReader:
 
     def _watermarks(self, partition):
         """Start and end of a partition; a new topic's leader may not be there at once."""
-        return _insist(lambda: self._client.get_watermark_offsets(partition, timeout=5))
+
+        def ask():
+            try:
+                return self._client.get_watermark_offsets(partition, timeout=5)
+            except KafkaException:
+                # The client keeps believing what it heard while the broker was away, until it is told otherwise.
+                self._client.list_topics(timeout=5)
+                raise
+
+        return _insist(ask)
 
     def read(self, count, timeout_seconds=30):
         """Return all messages since the reader was made, once there are `count`. Fails when they do not come."""

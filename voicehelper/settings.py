@@ -5,6 +5,7 @@ from typing import Any
 
 import dj_database_url
 
+from voicehelper.kafka_security import kafka_security
 from voicehelper.services import BASE_DIR, find_services
 
 ENVIRONMENT = os.environ.get("VOICEHELPER_ENV", "dev")  # dev | staging | prod
@@ -119,7 +120,7 @@ REST_FRAMEWORK = {
 }
 
 EVENTS_OUTBOX: dict[str, Any] = {
-    "KAFKA": {"bootstrap.servers": SERVICES.kafka_bootstrap_servers},
+    "KAFKA": {"bootstrap.servers": SERVICES.kafka_bootstrap_servers, **kafka_security(os.environ)},
     "KAFKA_IS_EMBEDDED": SERVICES.kafka_is_embedded,
     # A consumer that died keeps its partitions for so long; a live one says so from a thread of its own.
     "KAFKA_CONSUMER": {"session.timeout.ms": int(os.environ.get("KAFKA_SESSION_TIMEOUT_MS", "10000"))},

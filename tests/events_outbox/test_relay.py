@@ -245,6 +245,39 @@ def test_small_events_are_not_undeliverable_because_their_batch_is_too_large(emi
 
 
 @pytest.mark.apache_kafka
+def test_no_request_under_way_overtakes_a_refused_one(emit, kafka, settings):
+    """Many small requests at once, and one is refused: what is behind it in its partition must not land."""
+    topic = f"gapless.{random.randrange(10**9)}.events"
+    admin = AdminClient({"bootstrap.servers": kafka.bootstrap_servers})
+    new = NewTopic(topic, num_partitions=2, replication_factor=1, config={"max.message.bytes": "5000"})
+    admin.create_topics([new])[topic].result(30)
+    kafka_settings(
+        settings,
+        TOPICS={"conversation": topic},
+        KAFKA_PRODUCER={"compression.type": "none", "batch.size": 2000},
+    )
+    keys, big = 7, 150
+    for number in range(300):
+        title = "x" * (8000 if number == big else 300)
+        with transaction.atomic():
+            emit_event(
+                "conversation.created",
+                ConversationCreatedPayload(title=title),
+                aggregate_id=f"c{number % keys}",
+                tenant_id="t1",
+                metadata={"number": str(number)},
+            )
+    publish()
+    reader = TopicReader(kafka.bootstrap_servers, [topic], from_start=True)
+    held = f"c{big % keys}"
+    expected = {f"c{k}": [n for n in range(k, 300, keys) if f"c{k}" != held or n < big] for k in range(keys)}
+    assert numbers_by_key(reader.read_rest()) == expected
+    reader.close()
+    parked = UndeliverableEvent.objects.order_by("id").values_list("aggregate_id", "reason")
+    assert list(parked) == [(held, "MSG_SIZE_TOO_LARGE")] + [(held, "behind")] * len(range(big + keys, 300, keys))
+
+
+@pytest.mark.apache_kafka
 def test_a_topic_that_is_not_there_parks_its_events_only(emit, topic_reader, settings, kafka, no_topic_to_wait_for):
     settings.EVENTS_OUTBOX = {
         **settings.EVENTS_OUTBOX,

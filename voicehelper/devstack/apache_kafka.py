@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from confluent_kafka import KafkaException
@@ -64,14 +64,28 @@ class ApacheKafka(Child):
 
     kind = "apache"
 
-    def __init__(self, data_dir: Path, port: int, *, output: int, controller_port: int | None = None) -> None:
-        """`controller_port`: `port` + 1 unless given; nobody but Kafka itself connects to it."""
+    def __init__(
+        self,
+        data_dir: Path,
+        port: int,
+        *,
+        output: int,
+        controller_port: int | None = None,
+        properties: Mapping[str, str] | None = None,
+        jvm_options: Sequence[str] = (),
+    ) -> None:
+        """`controller_port`: `port` + 1 unless given; nobody but Kafka itself connects to it.
+
+        `properties`: of the server, over those above: more listeners, TLS, SASL, an authorizer. They may hold
+        passwords, so the file that they are written to is for its owner only.
+        """
         self.data_dir = data_dir.resolve()
+        self._more_properties = dict(properties or {})
         self.port = port
         self.controller_port = controller_port or port + 1
         self.bootstrap_servers = f"{HOST}:{port}"
         self._properties = self.data_dir / "server.properties"
-        command = [_java() or "java", *JVM_OPTIONS, f"-Dlog4j2.configurationFile={LOGGING}"]
+        command = [_java() or "java", *JVM_OPTIONS, *jvm_options, f"-Dlog4j2.configurationFile={LOGGING}"]
         super().__init__(
             "kafka",
             [*command, "-cp", JARS / "*", "kafka.Kafka", self._properties],
@@ -108,9 +122,13 @@ class ApacheKafka(Child):
     def _write_properties(self) -> None:
         log_dir = self.data_dir / "log"
         self.data_dir.mkdir(parents=True, exist_ok=True)
-        self._properties.write_text(
-            SERVER_PROPERTIES.format(host=HOST, port=self.port, controller_port=self.controller_port, log_dir=log_dir)
+        written = SERVER_PROPERTIES.format(
+            host=HOST, port=self.port, controller_port=self.controller_port, log_dir=log_dir
         )
+        # Of two lines with the same name the later one counts.
+        written += "".join(f"{name}={value}\n" for name, value in self._more_properties.items())
+        self._properties.touch(mode=0o600)
+        self._properties.write_text(written)
         if (log_dir / "meta.properties").exists():
             return
         # Kafka wants 22 characters of URL-safe base64, the first of which may not be a dash.

@@ -1,5 +1,6 @@
 from typing import Any
 
+from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError
 
 from events_outbox.conf import outbox_settings
@@ -17,6 +18,6 @@ class Command(BaseCommand):
             created = create_topics()
         except KafkaException as error:
             raise CommandError(f"the broker did not create the topics: {error.args[0].str()}") from None
-        except ValueError as error:
+        except (ValueError, ImproperlyConfigured) as error:
             raise CommandError(str(error)) from None
         self.stdout.write(f"created {', '.join(created)}" if created else "all topics exist")
