@@ -2,6 +2,9 @@
 PYTHON ?= python3.11
 KAFKA ?= embedded
 ARGS ?=
+ONLY ?=
+SECONDS ?= 600
+SEED ?=
 
 VENV_PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
@@ -13,7 +16,7 @@ NO_SERVICES := DATABASE_URL=postgresql://127.0.0.1:1/unused KAFKA_BOOTSTRAP_SERV
 IS_3_11 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help up test coverage lint format proto proto-check requirements clean
+.PHONY: help up test soak bench coverage lint format proto proto-check requirements clean
 
 help: ## list what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -23,6 +26,12 @@ up: $(INSTALLED) ## run everything on this machine; KAFKA=apache for Apache Kafk
 
 test: $(INSTALLED) ## the whole test suite; ARGS="-k relay -x" goes to pytest
 	$(VENV_PYTHON) -m pytest $(ARGS)
+
+soak: $(INSTALLED) ## the relay under faults mixed at random for SECONDS=600, then 500,000 events at once; SEED= repeats
+	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(VENV_PYTHON) -m pytest -m soak -s $(ARGS) tests/faults/test_soak.py
+
+bench: $(INSTALLED) ## speed and size, a table and build/bench.json; ONLY=relay is a part, DOC=1 writes docs/benchmarks.md
+	$(VENV_PYTHON) -m tests.benchmarks $(ONLY) $(if $(DOC),--doc) $(if $(QUICK),--quick)
 
 coverage: $(INSTALLED) ## the test suite with branch coverage (of the test process, not of the processes it starts)
 	.venv/bin/coverage run -m pytest $(ARGS)

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,29 +71,80 @@ class Publisher:
             for code in RECORD_REFUSALS:
                 metrics.OUTBOX_PUBLISH_FAILURES.labels(topic, KafkaError(code).name())
 
-    def publish(self, rows: Sequence[Row], blocked: set[Key]) -> list[Parked]:
-        """Publish the rows in order. Return, in order, those to park; their keys join `blocked`.
+    def publish(self, pages: Iterable[Sequence[Row]], blocked: set[Key]) -> tuple[list[Row], list[Parked]]:
+        """Publish the rows of all pages in order. Return the rows, and those to park; their keys join `blocked`.
 
-        Rows of a blocked key are not produced but parked behind it. A broker that is away is waited for.
-        Raises ProducerBroken, and what `on_wait` raises.
+        A page is on its way to the broker while the next one is asked for; all are acknowledged on return. Rows of a
+        blocked key are not produced but parked behind it. A broker that is away is waited for.
+        Raises ProducerBroken, and what `on_wait` and `pages` raise.
         """
         started = time.perf_counter()
         parking = _Parking(blocked)
+        rows: list[Row] = []
+        self._errors.clear()
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
+            for page in pages:
+                rows += page
+                self._produce(page, parking)
+                self._poll(0)
             if span.is_recording():
                 _describe(span, rows)
-            rest = rows
-            while rest:
-                wave, rest = self._next_wave(rest)
-                left = self._attempt(wave, parking)
-                while left:
-                    one_by_one, left = left, []
-                    for row in one_by_one:
-                        left += self._attempt([row], parking)
-                        self._on_wait("publishing one by one after a refusal")  # takes a while: stay alive
+            refused, left = self._settle(rows, parking)
+            while refused:
+                # The broker refuses a request as a whole: each record of it gets its turn alone.
+                for row in refused:
+                    self._publish_alone(row, parking)
+                    self._on_wait("publishing one by one after a refusal")  # takes a while: stay alive
+                self._produce(left, parking)
+                refused, left = self._settle(left, parking)
         _count_published(rows, parking.parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
-        return [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
+        return rows, [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
+
+    def _settle(self, rows: Sequence[Row], parking: "_Parking") -> tuple[list[Row], list[Row]]:
+        """Wait for the reports on what was produced. Return, each in order, what was refused and what got no turn.
+
+        The events of a topic that is refused are parked. Of a key, what was refused comes before what got no turn.
+        """
+        self._await_reports()
+        refused: list[Row] = []
+        left: list[Row] = []
+        if not self._errors and not self._broken:
+            return refused, left
+        for row in rows:
+            error = self._errors.get(row[0])
+            if error is None or row[0] in parking.parked:
+                continue
+            if error.code() in TOPIC_REFUSALS:
+                parking.park(row, error)
+            else:
+                (refused if error.code() in RECORD_REFUSALS else left).append(row)
+        if left and not any(error.code() in RECORD_REFUSALS for error in self._errors.values()):
+            raise ProducerBroken(self._broken or self._errors[left[0][0]].str())
+        if self._broken:
+            self.close()
+        self._errors.clear()
+        return refused or left[:1], left if refused else left[1:]
+
+    def _publish_alone(self, row: Row, parking: "_Parking") -> None:
+        self._produce([row], parking)
+        self._await_reports()
+        error = self._errors.get(row[0])
+        if self._broken:
+            self.close()
+        self._errors.clear()
+        if error is not None and error.code() not in RECORD_REFUSALS:
+            raise ProducerBroken(error.str())
+        if error is not None and row[0] not in parking.parked:
+            parking.park(row, error)
+
+    def _produce(self, rows: Sequence[Row], parking: "_Parking") -> None:
+        """Hand the rows to the producer; park those whose key is blocked, and what it refuses on the spot."""
+        wave, rest = self._next_wave(rows)
+        self._produce_wave(wave, parking)
+        if rest:
+            self._await_reports()
+            self._produce_wave(rest, parking)
 
     def _next_wave(self, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
         """Return what goes out now, the first event of each key that is new to this producer, and the rest.
@@ -116,22 +167,17 @@ class Publisher:
             keys.add(row[2])  # close() forgets them, after a refusal too
         return (first, rest) if first else (rest, [])
 
-    def _attempt(self, rows: Sequence[Row], parking: "_Parking") -> list[Row]:
-        """Produce the rows and wait for the reports. Park what is refused; return, in order, what is to try again."""
-        self._errors.clear()
+    def _produce_wave(self, rows: Sequence[Row], parking: "_Parking") -> None:
         producer = self._producer = self._producer or make_producer(self._on_trouble)
         produce, on_report = producer.produce, self._on_report
-        produced = 0
         for row in rows:
             if parking.is_needed and parking.blocks(row):
                 parking.park_behind(row)
                 continue
             while True:
                 try:
-                    produce(
-                        row[1], row[3], row[2], headers=headers_for(row[4:]), on_delivery=partial(on_report, row[0])
-                    )
-                    produced += 1
+                    report = partial(on_report, row[0])
+                    produce(row[1], row[3], row[2], headers=headers_for(row[4:]), on_delivery=report)
                 except BufferError:
                     # The local queue is full: let the broker take some of it.
                     self._poll(FLUSH_SECONDS)
@@ -140,24 +186,6 @@ class Publisher:
                 except KafkaException as error:
                     self._not_taken(row, error.args[0], parking)
                 break
-        self._await_reports()
-        if not self._errors and not self._broken:
-            return []
-
-        left = []
-        for row in rows:
-            failed = self._errors.get(row[0])
-            if failed is None or row[0] in parking.parked:
-                continue
-            if failed.code() in TOPIC_REFUSALS or (failed.code() in RECORD_REFUSALS and produced == 1):
-                parking.park(row, failed)
-            else:
-                left.append(row)
-        if not any(failed.code() in RECORD_REFUSALS for failed in self._errors.values()):
-            raise ProducerBroken(self._broken or next(iter(self._errors.values())).str())
-        if self._broken:
-            self.close()
-        return left
 
     def _not_taken(self, row: Row, error: KafkaError, parking: "_Parking") -> None:
         """Refused on the spot, for itself alone: the key's next event must not go out. Or the producer is broken."""

@@ -8,8 +8,8 @@ sent again: at least once in Kafka, which the consumers make effectively once.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Self, TypeVar
 
 import psycopg
 
@@ -17,15 +17,20 @@ from monitoring import metrics
 
 from .conf import outbox_settings
 from .exceptions import CursorLost, LeadershipLost
+from .fields import PgSnapshot
 from .leader import Leader, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
-from .publisher import ProducerBroken, Publisher
-from .window import read_pages, take_snapshot
+from .publisher import ProducerBroken, Publisher, Row
+from .window import PAGE_MAX_BYTES, read_pages, take_snapshot
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+Page = list[Row]
+
+PAGE_ROWS = 500
+"""Rows read at a time. A batch is several pages: the first are on their way while the next ones are read."""
 
 HEARTBEAT_SECONDS = 1.0
 HOUSE_ROUND_SECONDS = 60.0
@@ -136,27 +141,28 @@ class Relay:
         if hi == leader.published:
             return 0
         count = 0
-        pages = read_pages(leader.session, leader.published, hi, leader.window_last_id, self._batch_size)
-        page = self._answer(leader, self._reader.submit(next, pages, None))
-        while page is not None:
-            # The next page is read while this one is on its way to the broker.
-            following = self._reader.submit(next, pages, None)
-            try:
-                parked = publisher.publish(page, leader.parked_keys)
-            finally:
-                next_page = self._answer(leader, following)
-            leader.last_error = ""
-            leader.advance(hi, page[-1][0] if next_page else None)
-            leader.save(parked, published=len(page) - len(parked))
-            self._beat()
-            count += len(page)
-            page = next_page
-            self._keep_house(leader)
-            if self._stopping and page:
-                return count
+        with self._read_ahead(leader, hi) as ahead:
+            while ahead.has_more():
+                rows, parked = publisher.publish(ahead.batch(), leader.parked_keys)
+                leader.last_error = ""
+                leader.advance(hi, rows[-1][0] if ahead.has_more() else None)
+                leader.save(parked, published=len(rows) - len(parked))
+                self._beat()
+                count += len(rows)
+                self._keep_house(leader)
+                if self._stopping and ahead.has_more():
+                    return count
         if not count:
             leader.advance(hi, None)  # saved with the next heartbeat: nothing depends on it
         return count
+
+    def _read_ahead(self, leader: Leader, hi: PgSnapshot) -> "_ReadAhead":
+        pages_a_batch = -(-self._batch_size // PAGE_ROWS)
+        page_rows = self._batch_size // pages_a_batch
+        pages = read_pages(leader.session, leader.published, hi, leader.window_last_id, page_rows)
+        return _ReadAhead(
+            lambda: self._reader.submit(next, pages, None), lambda asked: self._answer(leader, asked), pages_a_batch
+        )
 
     def _redrive(self, leader: Leader, publisher: Publisher) -> bool:
         """Publish a batch of what an operator asked to redrive, if anything; looked for once a second."""
@@ -165,8 +171,7 @@ class Relay:
         if not leader.take_up_operators_work():
             self._last_redrive_look = time.monotonic()
             return False
-        rows = leader.redrive_requests(self._batch_size)
-        refused = publisher.publish(rows, set())
+        rows, refused = publisher.publish([leader.redrive_requests(self._batch_size)], set())
         refused_ids = {parked.event_id for parked in refused}
         delivered_ids = [row[0] for row in rows if row[0] not in refused_ids]
         leader.close_redrive(delivered_ids, refused)
@@ -227,3 +232,36 @@ class Relay:
             if remaining <= 0:
                 return
             time.sleep(min(remaining, 0.2))
+
+
+class _ReadAhead:
+    """The pages of a window: while one is worked on, the next one is read in the other thread."""
+
+    def __init__(
+        self,
+        ask: Callable[[], Future[Page | None]],
+        wait: Callable[[Future[Page | None]], Page | None],
+        pages_a_batch: int,
+    ) -> None:
+        self._ask, self._wait, self._pages_a_batch = ask, wait, pages_a_batch
+        self._next = ask()
+
+    def has_more(self) -> bool:
+        return self._wait(self._next) is not None
+
+    def batch(self) -> Iterator[Page]:
+        """Yield the pages of one batch; fewer than usual where their rows are large."""
+        size_bytes = 0
+        for _ in range(self._pages_a_batch):
+            page = self._wait(self._next)
+            if page is None or size_bytes > PAGE_MAX_BYTES:
+                return
+            self._next = self._ask()
+            size_bytes += sum(len(row[3]) for row in page)
+            yield page
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wait([self._next])  # the session may be closed now

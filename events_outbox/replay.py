@@ -195,7 +195,8 @@ class Replay:
         started = time.monotonic()
         try:
             for rows in self._pages():
-                if refused := publisher.publish(rows, set()):
+                _, refused = publisher.publish([rows], set())
+                if refused:
                     self._stand_before(refused, rows)
                     raise ReplayRefused(refused[0])
                 self.published += len(rows)

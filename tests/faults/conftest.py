@@ -14,6 +14,7 @@ import pytest
 from django.db import connection
 from rest_framework.authtoken.models import Token
 
+from tests.faults.harness import Harness
 from tests.services import free_ports
 from tests.topics import TopicReader
 from voicehelper.identity.models import User
@@ -143,3 +144,21 @@ def authorization(alice):
 def kill_hard(process):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+@pytest.fixture(scope="session")
+def _one_fault_harness(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("faults")
+    with (directory / "services.log").open("ab") as log:
+        harness = Harness(directory, output=log.fileno())
+        try:
+            harness.start()
+            yield harness
+        finally:
+            harness.stop()
+
+
+@pytest.fixture
+def fault_harness(_one_fault_harness):
+    """PostgreSQL, Kafka, relays and writers to which faults may happen: see `tests.faults.harness`."""
+    return _one_fault_harness
