@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from confluent_kafka import (
@@ -132,6 +132,16 @@ def make_reader(on_error: TellError) -> Consumer:
     """
     settings = {"client.id": "relay_outbox", "group.id": "relay_outbox", "enable.auto.commit": False}
     return _make(Consumer, {**settings, **outbox_settings().KAFKA, "error_cb": on_error})
+
+
+def can_publish_to(topics: Sequence[str]) -> bool:
+    """Whether a new client finds the broker, and a leader for each partition of those topics that are there."""
+    client = _make(Producer, {**producer_settings(), "error_cb": lambda _error: None})
+    try:
+        found = client.list_topics(timeout=2.0).topics
+    except KafkaException:
+        return False
+    return all(p.leader >= 0 for topic in topics if topic in found for p in found[topic].partitions.values())
 
 
 def _make(client: type[Client], settings: dict[str, Any]) -> Client:
@@ -274,6 +284,7 @@ __all__ = [
     "Message",
     "Producer",
     "TopicPartition",
+    "can_publish_to",
     "create_topics",
     "make_consumer",
     "make_producer",

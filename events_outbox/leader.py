@@ -202,7 +202,7 @@ class Leader:
         else:
             self.window, self.window_last_id = hi, last_id
 
-    def save(self, parked: Sequence[Parked] = (), *, published: int = 0) -> None:
+    def save(self, parked: Sequence[Parked] = (), published: int = 0) -> None:
         """Write the cursor and a heartbeat, and park events, in one transaction.
 
         `published`: events since the last save, for the rate.

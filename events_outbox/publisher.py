@@ -5,6 +5,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from opentelemetry import trace
@@ -21,6 +22,7 @@ from .kafka import (
     KafkaException,
     Message,
     Producer,
+    can_publish_to,
     make_producer,
 )
 from .leader import Parked
@@ -31,6 +33,8 @@ tracer = trace.get_tracer(__name__)
 
 BEHIND = "behind"
 FLUSH_SECONDS = 0.5
+STUCK_SECONDS = 20.0
+"""Without progress for so long, the producer is suspected of having lost a broker that is there."""
 BROKEN_SECONDS = 1.0
 """How long a broken producer may take for its last reports; some it never gives."""
 
@@ -65,6 +69,9 @@ class Publisher:
         self._trouble = ""
         self._known_keys: dict[str, set[bytes]] = defaultdict(set)  # by topic
         self._forgets_keys_at = 0.0
+        self._undelivered = 0
+        self._stuck_at = float("inf")
+        self._patience_seconds = STUCK_SECONDS
         # Counters begin at 0: one that is born with its first event shows no increase for it.
         for topic in topics():
             metrics.OUTBOX_PUBLISHED.labels(topic)
@@ -78,12 +85,16 @@ class Publisher:
         blocked key are not produced but parked behind it. A broker that is away is waited for.
         Raises ProducerBroken, and what `on_wait` and `pages` raise.
         """
+        pages = iter(pages)
+        first = next(pages, None)
+        if first is None:
+            return [], []
         started = time.perf_counter()
         parking = _Parking(blocked)
         rows: list[Row] = []
         self._errors.clear()
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
-            for page in pages:
+            for page in chain([first], pages):
                 rows += page
                 self._produce(page, parking)
                 self._poll(0)
@@ -199,7 +210,7 @@ class Publisher:
         while self._producer is not None and not self._broken:
             try:
                 if not self._producer.flush(FLUSH_SECONDS):
-                    self._trouble = ""
+                    self._trouble, self._undelivered, self._patience_seconds = "", 0, STUCK_SECONDS
                     return
             except (KafkaException, SystemError) as error:
                 self._broken = _reason(error)
@@ -225,6 +236,15 @@ class Publisher:
 
     def _waiting(self) -> None:
         self._on_wait(self._trouble or "waiting for the broker")
+        undelivered = len(self._producer or ())
+        if undelivered != self._undelivered:
+            self._undelivered, self._stuck_at = undelivered, time.monotonic() + self._patience_seconds
+        elif time.monotonic() > self._stuck_at:
+            # librdkafka can miss that its only broker is back after a clean restart, and never ask it again.
+            self._stuck_at = time.monotonic() + self._patience_seconds
+            if can_publish_to(topics()):
+                self._patience_seconds *= 2  # should it be something else: not one batch after the other
+                raise ProducerBroken("the broker answers others, but not this producer")
 
     def _on_report(self, outbox_id: int, error: KafkaError, _message: Message | None) -> None:
         """Delivery report of an event that was not delivered (`delivery.report.only.error`)."""

@@ -8,8 +8,8 @@ sent again: at least once in Kafka, which the consumers make effectively once.
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Self, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import psycopg
 
@@ -17,7 +17,6 @@ from monitoring import metrics
 
 from .conf import outbox_settings
 from .exceptions import CursorLost, LeadershipLost
-from .fields import PgSnapshot
 from .leader import Leader, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
@@ -30,9 +29,10 @@ Answer = TypeVar("Answer")
 Page = list[Row]
 
 PAGE_ROWS = 500
-"""Rows read at a time. A batch is several pages: the first are on their way while the next ones are read."""
+"""Rows read at a time. A batch can be several pages: the first are on their way while the next ones are read."""
 
 HEARTBEAT_SECONDS = 1.0
+ANSWER_SECONDS = 0.5
 HOUSE_ROUND_SECONDS = 60.0
 HOUSE_STEP_SECONDS = 0.1
 STOP_GRACE_SECONDS = 2.0
@@ -52,13 +52,15 @@ class Relay:
     def __init__(self, *, batch_size: int | None = None, on_tick: Callable[[], None] = lambda: None) -> None:
         self._conf = outbox_settings()
         self._batch_size = batch_size or self._conf.BATCH_SIZE
+        self._pages_a_batch = -(-self._batch_size // PAGE_ROWS)
+        self._page_rows = self._batch_size // self._pages_a_batch
         self._on_tick = on_tick
         # A plain flag: an Event's lock can be held by the very wait that a signal handler interrupts.
         self._stopping = False
         self._gives_up_at = float("inf")
         self._last_heartbeat = 0.0
         self._last_redrive_look = 0.0
-        # A thread beside the loop: for what the database may take long to answer, and for reading ahead.
+        # A thread beside the loop, to ask the database in: it may take long to answer.
         self._reader = ThreadPoolExecutor(1, "reader")
         self._house: Iterator[int] = iter(())
         self._house_due = 0.0
@@ -95,7 +97,7 @@ class Relay:
         """Stand by until the lock is ours (True), or until stopped or, with `until_empty`, nothing is pending."""
         standing_by = False
         while not self._stopping:
-            if self._answer(leader, self._reader.submit(leader.try_lead)):
+            if self._ask(leader, leader.try_lead):
                 logger.info("this relay leads", extra={"published": str(leader.published)})
                 metrics.OUTBOX_RELAY_LEADER.set(1)
                 return True
@@ -117,7 +119,7 @@ class Relay:
                 if self.publish_window(leader, publisher) or redriven:
                     idle_seconds = self._conf.IDLE_POLL_MIN_SECONDS
                 elif until_empty:
-                    leader.save()
+                    self._ask(leader, leader.save)
                     return
                 else:
                     self._pause(idle_seconds)
@@ -126,7 +128,7 @@ class Relay:
                 self._keep_house(leader)
         except ProducerBroken as error:
             leader.last_error = str(error)
-            leader.save()
+            self._ask(leader, leader.save)
             raise
         finally:
             publisher.close()
@@ -137,44 +139,41 @@ class Relay:
         Returns early, with the cursor inside the window, when the relay is stopped.
         Raises LeadershipLost when the database session is gone, ProducerBroken when the Kafka client is.
         """
-        hi = leader.window or take_snapshot(leader.session)
+        hi = leader.window or self._ask(leader, take_snapshot, leader.session)
         if hi == leader.published:
             return 0
         count = 0
-        with self._read_ahead(leader, hi) as ahead:
-            while ahead.has_more():
-                rows, parked = publisher.publish(ahead.batch(), leader.parked_keys)
-                leader.last_error = ""
-                leader.advance(hi, rows[-1][0] if ahead.has_more() else None)
-                leader.save(parked, published=len(rows) - len(parked))
-                self._beat()
-                count += len(rows)
-                self._keep_house(leader)
-                if self._stopping and ahead.has_more():
-                    return count
-        if not count:
-            leader.advance(hi, None)  # saved with the next heartbeat: nothing depends on it
-        return count
-
-    def _read_ahead(self, leader: Leader, hi: PgSnapshot) -> "_ReadAhead":
-        pages_a_batch = -(-self._batch_size // PAGE_ROWS)
-        page_rows = self._batch_size // pages_a_batch
-        pages = read_pages(leader.session, leader.published, hi, leader.window_last_id, page_rows)
-        return _ReadAhead(
-            lambda: self._reader.submit(next, pages, None), lambda asked: self._answer(leader, asked), pages_a_batch
+        window = _Window(
+            read_pages(leader.session, leader.published, hi, leader.window_last_id, self._page_rows),
+            lambda pages: self._ask(leader, next, pages, None),
         )
+        while not window.is_read:
+            rows, parked = publisher.publish(window.batch(self._pages_a_batch), leader.parked_keys)
+            if not rows:
+                continue
+            leader.last_error = ""
+            leader.advance(hi, None if window.is_read else rows[-1][0])
+            self._ask(leader, leader.save, parked, len(rows) - len(parked))
+            self._beat()
+            count += len(rows)
+            self._keep_house(leader)
+            if self._stopping and not window.is_read:
+                return count
+        leader.advance(hi, None)  # where nothing was in it, saved with the next heartbeat: nothing depends on it
+        return count
 
     def _redrive(self, leader: Leader, publisher: Publisher) -> bool:
         """Publish a batch of what an operator asked to redrive, if anything; looked for once a second."""
         if not leader.parked_keys or time.monotonic() - self._last_redrive_look < HEARTBEAT_SECONDS:
             return False
-        if not leader.take_up_operators_work():
+        if not self._ask(leader, leader.take_up_operators_work):
             self._last_redrive_look = time.monotonic()
             return False
-        rows, refused = publisher.publish([leader.redrive_requests(self._batch_size)], set())
+        page = self._ask(leader, leader.redrive_requests, self._batch_size)
+        rows, refused = publisher.publish([page], set())
         refused_ids = {parked.event_id for parked in refused}
         delivered_ids = [row[0] for row in rows if row[0] not in refused_ids]
-        leader.close_redrive(delivered_ids, refused)
+        self._ask(leader, leader.close_redrive, delivered_ids, refused)
         logger.info("redrive done", extra={"delivered": len(delivered_ids), "refused": len(refused)})
         return True
 
@@ -183,7 +182,9 @@ class Relay:
         if time.monotonic() < self._house_due:
             return
         try:
-            pause_seconds = HOUSE_ROUND_SECONDS if next(self._house, None) is None else HOUSE_STEP_SECONDS
+            pause_seconds = (
+                HOUSE_ROUND_SECONDS if self._ask(leader, next, self._house, None) is None else HOUSE_STEP_SECONDS
+            )
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:
@@ -194,17 +195,22 @@ class Relay:
             self._house = housekeeping(leader.session)
         self._house_due = time.monotonic() + pause_seconds
 
-    def _answer(self, leader: Leader, asked: Future[Answer]) -> Answer:
-        """Wait for what the database was asked in the other thread; the loop goes round meanwhile."""
+    def _ask(self, leader: Leader, question: Callable[..., Answer], *arguments: Any) -> Answer:
+        """Ask the database in the other thread, and wait: the loop goes round meanwhile.
+
+        Raises _Abandoned when the relay is to stop and no answer comes.
+        """
+        asked = self._reader.submit(question, *arguments)
         while True:
             try:
-                return asked.result(HEARTBEAT_SECONDS)
+                return asked.result(ANSWER_SECONDS)
             except TimeoutError:
                 if asked.done():
                     raise
                 self._on_tick()
                 if self._stopping and time.monotonic() > self._gives_up_at:
-                    leader.session.cancel()
+                    leader.session.close()  # ends the wait in the other thread too
+                    raise _Abandoned("stopped while the database did not answer") from None
 
     def _wait_for_broker(self, leader: Leader, what_for: str) -> None:
         """The broker is slow or away: stay alive, say so, and give up only when stopped."""
@@ -216,7 +222,7 @@ class Relay:
     def _heartbeat(self, leader: Leader) -> None:
         self._on_tick()
         if time.monotonic() - self._last_heartbeat >= HEARTBEAT_SECONDS:
-            leader.save()
+            self._ask(leader, leader.save)
             self._last_heartbeat = time.monotonic()
 
     def _beat(self) -> None:
@@ -234,34 +240,23 @@ class Relay:
             time.sleep(min(remaining, 0.2))
 
 
-class _ReadAhead:
-    """The pages of a window: while one is worked on, the next one is read in the other thread."""
+class _Window:
+    """The pages of a window, read one by one."""
 
-    def __init__(
-        self,
-        ask: Callable[[], Future[Page | None]],
-        wait: Callable[[Future[Page | None]], Page | None],
-        pages_a_batch: int,
-    ) -> None:
-        self._ask, self._wait, self._pages_a_batch = ask, wait, pages_a_batch
-        self._next = ask()
+    def __init__(self, pages: Iterator[tuple[Page, bool]], ask: Callable[[Any], tuple[Page, bool] | None]) -> None:
+        self._pages, self._ask = pages, ask
+        self.is_read = False
 
-    def has_more(self) -> bool:
-        return self._wait(self._next) is not None
+    def batch(self, pages: int) -> Iterator[Page]:
+        """Yield the pages of one batch; fewer where their rows are large.
 
-    def batch(self) -> Iterator[Page]:
-        """Yield the pages of one batch; fewer than usual where their rows are large."""
+        The next one is read while those before are on their way to the broker.
+        """
         size_bytes = 0
-        for _ in range(self._pages_a_batch):
-            page = self._wait(self._next)
-            if page is None or size_bytes > PAGE_MAX_BYTES:
+        for _ in range(pages):
+            if self.is_read or size_bytes > PAGE_MAX_BYTES:
                 return
-            self._next = self._ask()
+            page, self.is_read = self._ask(self._pages) or ([], True)
             size_bytes += sum(len(row[3]) for row in page)
-            yield page
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        wait([self._next])  # the session may be closed now
+            if page:
+                yield page

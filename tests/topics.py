@@ -11,10 +11,11 @@ class TopicReader:
     """Reads what comes into the topics after it was made, or from their start."""
 
     def __init__(self, bootstrap_servers, topics=TOPICS, *, from_start=False, group_id="tests"):
-        self._client = Consumer(
-            {"bootstrap.servers": bootstrap_servers, "group.id": group_id, "enable.auto.commit": False,
-             "fetch.wait.max.ms": 50, "reconnect.backoff.max.ms": 200, "log_level": 0}
-        )  # fmt: skip
+        self._settings = {
+            "bootstrap.servers": bootstrap_servers, "group.id": group_id, "enable.auto.commit": False,
+            "fetch.wait.max.ms": 50, "reconnect.backoff.max.ms": 200, "log_level": 0
+        }  # fmt: skip
+        self._client = Consumer(self._settings)
         partitions = [
             TopicPartition(topic, partition)
             for topic in topics
@@ -35,11 +36,21 @@ class TopicReader:
             try:
                 return self._client.get_watermark_offsets(partition, timeout=5)
             except KafkaException:
-                # The client keeps believing what it heard while the broker was away, until it is told otherwise.
-                self._client.list_topics(timeout=5)
+                self._renew()
                 raise
 
         return _insist(ask)
+
+    def _renew(self):
+        """A client that has seen its only broker away may not find it again, however long it is back."""
+        assigned = getattr(self, "_assigned", [])
+        positions = self._client.position(assigned)
+        for place in positions:
+            if place.offset < 0:
+                place.offset = self._starts[place.topic, place.partition]
+        self._client.close()
+        self._client = Consumer(self._settings)
+        self._client.assign(positions)
 
     def read(self, count, timeout_seconds=30):
         """Return all messages since the reader was made, once there are `count`. Fails when they do not come."""

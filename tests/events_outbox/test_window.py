@@ -1,16 +1,18 @@
 """The snapshot cursor under concurrency: nothing missed, nothing made up, order kept; and wrong readers are caught."""
 
 import random
+import secrets
 import time
 
 import psycopg
 import pytest
 from django.db import connection, transaction
 
+from events_outbox import window
 from events_outbox.fields import NOTHING_SEEN, PgSnapshot
 from events_outbox.leader import open_session
 from events_outbox.models import OutboxEvent
-from events_outbox.window import take_snapshot, window_ids
+from events_outbox.window import read_bytes, read_pages, take_snapshot, window_ids
 from tests.outbox_writers import Ledger, Violations, aggregates, emit, judge, writers  # noqa: F401
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("aggregates")]
@@ -187,7 +189,7 @@ def test_python_and_postgresql_agree_on_what_a_snapshot_sees():
 
 def test_reading_a_window_does_not_walk_through_published_rows():
     """EXPLAIN on a big table: the two queries of a window use their indexes, whatever has been published."""
-    from events_outbox.window import PAGE_SQL, WINDOW_IDS_SQL
+    from events_outbox.window import PAGE_SQL, RANGE_SQL, WINDOW_IDS_SQL
 
     with connection.cursor() as cursor:
         cursor.execute(
@@ -216,8 +218,41 @@ def test_reading_a_window_does_not_walk_through_published_rows():
         assert "outbox_window" in plan and "outboxevent_pkey" not in plan and "Seq Scan" not in plan, plan
         ids = [id_ for chunk in window_ids(session, lo, hi) for id_ in chunk]
         assert len(ids) == 20
-        plan = _explain(session, PAGE_SQL, [ids, 10**6])
-        assert "outboxevent_pkey" in plan and "Seq Scan" not in plan, plan
+        for sql, parameters in ((PAGE_SQL, [ids, 10**6]), (RANGE_SQL, [ids[0], ids[-1]])):
+            plan = _explain(session, sql, parameters)
+            assert "outboxevent_pkey" in plan and "Seq Scan" not in plan, plan
+
+
+def test_pages_hold_each_row_of_the_window_once_whatever_their_size():
+    with open_session() as session:
+        read_bytes(session)
+        lo = take_snapshot(session)
+        for number in range(12):
+            with transaction.atomic():
+                emit("a0", number)
+        ids = list(OutboxEvent.objects.order_by("id").values_list("id", flat=True))
+
+        def pages(rows):
+            found = list(read_pages(session, lo, take_snapshot(session), 0, rows))
+            assert [is_last for _, is_last in found] == [False] * (len(found) - 1) + [True]
+            return [[row[0] for row in page] for page, _ in found]
+
+        assert pages(5) == [ids[:5], ids[5:10], ids[10:]]
+        OutboxEvent.objects.filter(id__in=ids[3:8]).delete()  # a gap, as rollbacks leave them
+        left = ids[:3] + ids[8:]
+        assert pages(5) == [left[:5], left[5:]]
+
+
+def test_large_values_make_short_pages(monkeypatch):
+    monkeypatch.setattr(window, "PAGE_MAX_BYTES", 1)
+    with open_session() as session:
+        read_bytes(session)
+        lo = take_snapshot(session)
+        for number in range(4):
+            with transaction.atomic():
+                emit("a0", f"{number} {secrets.token_hex(8_000)}")  # too long for the table itself
+        found = list(read_pages(session, lo, take_snapshot(session), 0, 500))
+        assert [len(page) for page, _ in found] == [1, 1, 1, 1]
 
 
 def _explain(session, sql, parameters):

@@ -6,6 +6,7 @@ from contextlib import suppress
 
 import pytest
 
+from events_outbox.publisher import STUCK_SECONDS
 from tests.faults import harness as faults
 from tests.faults.harness import FAULTS, mixed_faults, wait_until
 from voicehelper.devstack.child import Child
@@ -52,7 +53,6 @@ def test_every_fault_is_tried_alone():
     assert {case[0] for case in parameters.args[1]} == {fault for kind in FAULTS.values() for fault in kind}
 
 
-@pytest.mark.xfail(reason="a relay waits for its database's answer without limit, also when told to stop", strict=True)
 def test_a_relay_is_told_to_stop_while_its_database_hangs(fault_harness):
     """The line to PostgreSQL stands still, and nobody hangs up."""
     with fault_harness.run(relays=1, writers=1) as run:
@@ -68,6 +68,18 @@ def test_a_relay_is_told_to_stop_while_its_database_hangs(fault_harness):
         fault_harness.postgres_proxy.heal()
         assert leader.process.wait(30) == 0
     assert stopped
+
+
+def test_a_producer_that_has_lost_a_broker_which_is_there_is_replaced(fault_harness):
+    """The broker answers everybody but the leader's connections of before: nobody hangs up, nothing comes."""
+    with fault_harness.run(relays=1, writers=1) as run:
+        run.wait_for_published(20)
+        ports = fault_harness.wait_for_leader().ports()
+        fault_harness.kafka_proxy.hold(ports)
+        run.crashes += 1  # what it holds back was acknowledged, and is published again
+        before = run.published()
+        wait_until(lambda: run.published() > before + 100, "events are published again", STUCK_SECONDS + 20)
+        fault_harness.kafka_proxy.let_go(ports)
 
 
 def test_mixed_at_random(fault_harness):
