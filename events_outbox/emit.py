@@ -20,7 +20,7 @@ from asgiref.sync import sync_to_async
 from django.db import connection
 from google.protobuf.message import Message
 from opentelemetry import propagate, trace
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from monitoring import context
 
@@ -194,10 +194,14 @@ def _columns(event: NewEvent, trace_fields: TraceFields) -> Columns:
         raise PayloadMismatch(
             f"{entry.name} {entry.version} carries a {entry.payload.__name__}, not a {type(event.payload).__name__}"
         )
-    event_id = event.event_id or uuid7()
-    if not isinstance(event_id, uuid.UUID):
+    event_id = event.event_id
+    if event_id is None:
+        new_id = uuid7()
+        event_id, id_text = uuid.UUID(bytes=new_id.bytes), str(new_id)
+    elif isinstance(event_id, uuid.UUID):
+        id_text = str(event_id)
+    else:
         raise InvalidEventField(f"event_id must be a uuid.UUID, not {type(event_id).__name__}")
-    id_text = str(event_id)
     cause = current_event.get()
     aggregate_id = _text("aggregate_id", event.aggregate_id, required=True)
     tenant_id = _text("tenant_id", event.tenant_id, required=True)
@@ -265,6 +269,8 @@ def _text(name: str, given: Any, *, required: bool = False, max_chars: int | Non
         raise InvalidEventField(f"{name} has {len(given)} characters; at most {max_chars} are allowed")
     if "\x00" in given:
         raise InvalidEventField(f"{name} contains a NUL character, which PostgreSQL text cannot hold")
+    if given.isascii():
+        return given
     try:
         given.encode()
     except UnicodeEncodeError:

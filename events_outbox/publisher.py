@@ -65,6 +65,8 @@ class Publisher:
         self._on_wait = on_wait
         self._producer: Producer | None = None
         self._errors: dict[int, KafkaError] = {}
+        self._unsent: set[int] = set()
+        self._failed_topics: dict[str, KafkaError] = {}
         self._broken = ""
         self._trouble = ""
         self._known_keys: dict[str, set[bytes]] = defaultdict(set)  # by topic
@@ -92,7 +94,6 @@ class Publisher:
         started = time.perf_counter()
         parking = _Parking(blocked)
         rows: list[Row] = []
-        self._errors.clear()
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
             for page in chain([first], pages):
                 rows += page
@@ -124,38 +125,51 @@ class Publisher:
             return refused, left
         for row in rows:
             error = self._errors.get(row[0])
-            if error is None or row[0] in parking.parked:
+            if row[0] in parking.parked:
                 continue
-            if error.code() in TOPIC_REFUSALS:
+            if row[0] in self._unsent:
+                left.append(row)
+            elif error is not None and error.code() in TOPIC_REFUSALS:
                 parking.park(row, error)
-            else:
+            elif error is not None:
                 (refused if error.code() in RECORD_REFUSALS else left).append(row)
         if left and not any(error.code() in RECORD_REFUSALS for error in self._errors.values()):
-            raise ProducerBroken(self._broken or self._errors[left[0][0]].str())
+            raise ProducerBroken(self._broken or next(iter(self._errors.values())).str())
+        self._forget_attempt()
+        return refused or left[:1], left if refused else left[1:]
+
+    def _forget_attempt(self) -> None:
         if self._broken:
             self.close()
+        if self._errors:
+            self._known_keys.clear()  # what was refused is not known to the broker
         self._errors.clear()
-        return refused or left[:1], left if refused else left[1:]
+        self._unsent.clear()
+        self._failed_topics.clear()
 
     def _publish_alone(self, row: Row, parking: "_Parking") -> None:
         self._produce([row], parking)
         self._await_reports()
         error = self._errors.get(row[0])
-        if self._broken:
-            self.close()
-        self._errors.clear()
+        self._forget_attempt()
         if error is not None and error.code() not in RECORD_REFUSALS:
             raise ProducerBroken(error.str())
         if error is not None and row[0] not in parking.parked:
             parking.park(row, error)
 
     def _produce(self, rows: Sequence[Row], parking: "_Parking") -> None:
-        """Hand the rows to the producer; park those whose key is blocked, and what it refuses on the spot."""
+        """Hand the rows to the producer; park those whose key is blocked, and what it refuses on the spot.
+
+        Once something was refused, rows are set aside: they get their turn when it is settled what is parked.
+        """
         wave, rest = self._next_wave(rows)
-        self._produce_wave(wave, parking)
-        if rest:
-            self._await_reports()
-            self._produce_wave(rest, parking)
+        for part in (wave, rest):
+            if part is rest and rest:
+                self._await_reports()
+            if self._errors or self._broken:
+                self._unsent.update(row[0] for row in part)
+            else:
+                self._produce_wave(part, parking)
 
     def _next_wave(self, rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
         """Return what goes out now, the first event of each key that is new to this producer, and the rest.
@@ -185,6 +199,9 @@ class Publisher:
             if parking.is_needed and parking.blocks(row):
                 parking.park_behind(row)
                 continue
+            if self._failed_topics and row[1] in self._failed_topics:
+                self._errors[row[0]] = self._failed_topics[row[1]]
+                continue
             while True:
                 try:
                     report = partial(on_report, row[0])
@@ -199,10 +216,13 @@ class Publisher:
                 break
 
     def _not_taken(self, row: Row, error: KafkaError, parking: "_Parking") -> None:
-        """Refused on the spot, for itself alone: the key's next event must not go out. Or the producer is broken."""
-        self._errors[row[0]] = error
-        if error.code() in RECORD_REFUSALS:
+        """Refused on the spot: for itself, and the key's next event must not go out; or for its topic; or broken."""
+        if error.code() in RECORD_REFUSALS - TOPIC_REFUSALS:
             parking.park(row, error)
+            return
+        self._errors[row[0]] = error
+        if error.code() in TOPIC_REFUSALS:
+            self._failed_topics[row[1]] = error
         else:
             self._broken = self._broken or error.str()
 
