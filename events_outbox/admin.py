@@ -235,13 +235,14 @@ def _dead_letter_link(letter_id: int | None) -> str:
 
 @admin.register(RelayCursor)
 class RelayCursorAdmin(ReadOnlyAdmin):
-    list_display = ("__str__", "leader", "leader_since", "heartbeat_at", "pending", "last_error")
+    list_display = ("__str__", "leader", "leader_since", "heartbeat_at", "pending", "events_per_second", "last_error")
     fields = (
         "leader",
         "leader_since",
         "heartbeat_at",
         "last_error",
         "pending",
+        "events_per_second",
         "published",
         "window",
         "window_last_id",
@@ -268,7 +269,7 @@ class OpenFilter(admin.SimpleListFilter):
 
 @admin.register(UndeliverableEvent)
 class UndeliverableEventAdmin(ReadOnlyAdmin):
-    list_display = ("id", "event_id", "topic", "aggregate_id", "reason", "parked_at", "state")
+    list_display = ("id", "state", "reason", "event", "aggregate_id", "topic", "parked")
     list_filter = (OpenFilter, TopicFilter, "reason")
     search_fields = ("aggregate_id__exact",)
     search_help_text = "an aggregate id, whole"
@@ -288,6 +289,10 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
     )
     list_select_related = ("event",)
     actions = ("redrive", "discard")
+
+    @admin.display(description="parked", ordering="parked_at")
+    def parked(self, parked: UndeliverableEvent) -> str:
+        return exact_time(parked.parked_at)
 
     @admin.display(description="state")
     def state(self, parked: UndeliverableEvent) -> str:

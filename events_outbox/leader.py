@@ -275,7 +275,8 @@ class Leader:
             )
             self.load_parked_keys()
         ((requested,),) = self.session.execute(
-            f"SELECT EXISTS (SELECT FROM {_UNDELIVERABLE} WHERE redrive_requested_at IS NOT NULL)"
+            f"""SELECT EXISTS (SELECT FROM {_UNDELIVERABLE}
+                               WHERE redrive_requested_at IS NOT NULL AND discarded_at IS NULL)"""
         ).fetchall()
         if requested:
             self.session.execute(

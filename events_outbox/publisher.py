@@ -51,18 +51,24 @@ class ProducerBroken(Exception):
     """The producer failed in a way that is not about a record. Nothing of the batch counts as published."""
 
 
+class ProducerStuck(ProducerBroken):
+    """The broker answers others, but not this producer. Be more patient with the next one."""
+
+
 class Publisher:
     """Owns the producer. `on_wait(what for)` is called every half second while the broker is slow or away.
 
-    What `on_wait` raises ends the waiting: nothing of the batch counts as published then.
+    What `on_wait` raises ends the waiting: nothing of the batch counts as published then. `patience_seconds`: after
+    so long without progress the producer is given up, if the broker answers others.
 
     Order through refusals: a gapless producer stops at the first record that the broker refuses, so nothing that
-    comes after it in its partition gets there. The rest of the batch is then published by a new producer, one event
-    at a time where the refusal may have been about its neighbours in a request, without the keys that are parked.
+    comes after it in its partition gets there. A new producer then publishes what was refused one by one, since a
+    request is refused as a whole, and after that the rest of the batch, without the keys that are parked.
     """
 
-    def __init__(self, on_wait: Callable[[str], None]) -> None:
+    def __init__(self, on_wait: Callable[[str], None], patience_seconds: float = STUCK_SECONDS) -> None:
         self._on_wait = on_wait
+        self._patience_seconds = patience_seconds
         self._producer: Producer | None = None
         self._errors: dict[int, KafkaError] = {}
         self._unsent: set[int] = set()
@@ -73,7 +79,6 @@ class Publisher:
         self._forgets_keys_at = 0.0
         self._undelivered = 0
         self._stuck_at = float("inf")
-        self._patience_seconds = STUCK_SECONDS
         # Counters begin at 0: one that is born with its first event shows no increase for it.
         for topic in topics():
             metrics.OUTBOX_PUBLISHED.labels(topic)
@@ -230,7 +235,7 @@ class Publisher:
         while self._producer is not None and not self._broken:
             try:
                 if not self._producer.flush(FLUSH_SECONDS):
-                    self._trouble, self._undelivered, self._patience_seconds = "", 0, STUCK_SECONDS
+                    self._trouble, self._undelivered = "", 0
                     return
             except (KafkaException, SystemError) as error:
                 self._broken = _reason(error)
@@ -263,8 +268,7 @@ class Publisher:
             # librdkafka can miss that its only broker is back after a clean restart, and never ask it again.
             self._stuck_at = time.monotonic() + self._patience_seconds
             if can_publish_to(topics()):
-                self._patience_seconds *= 2  # should it be something else: not one batch after the other
-                raise ProducerBroken("the broker answers others, but not this producer")
+                raise ProducerStuck("the broker answers others, but not this producer")
 
     def _on_report(self, outbox_id: int, error: KafkaError, _message: Message | None) -> None:
         """Delivery report of an event that was not delivered (`delivery.report.only.error`)."""

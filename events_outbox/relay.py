@@ -20,7 +20,7 @@ from .exceptions import CursorLost, LeadershipLost
 from .leader import Leader, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
-from .publisher import ProducerBroken, Publisher, Row
+from .publisher import STUCK_SECONDS, ProducerBroken, ProducerStuck, Publisher, Row
 from .window import PAGE_MAX_BYTES, read_pages, take_snapshot
 
 logger = logging.getLogger(__name__)
@@ -62,6 +62,7 @@ class Relay:
         self._last_redrive_look = 0.0
         # A thread beside the loop, to ask the database in: it may take long to answer.
         self._reader = ThreadPoolExecutor(1, "reader")
+        self._patience_seconds = STUCK_SECONDS
         self._house: Iterator[int] = iter(())
         self._house_due = 0.0
 
@@ -110,14 +111,14 @@ class Relay:
         return False
 
     def _lead(self, leader: Leader, until_empty: bool) -> None:
-        publisher = Publisher(lambda what_for: self._wait_for_broker(leader, what_for))
+        publisher = Publisher(lambda what_for: self._wait_for_broker(leader, what_for), self._patience_seconds)
         idle_seconds = self._conf.IDLE_POLL_MIN_SECONDS
         self._house, self._house_due = housekeeping(leader.session), 0.0
         try:
             while not self._stopping:
                 redriven = self._redrive(leader, publisher)
                 if self.publish_window(leader, publisher) or redriven:
-                    idle_seconds = self._conf.IDLE_POLL_MIN_SECONDS
+                    idle_seconds, self._patience_seconds = self._conf.IDLE_POLL_MIN_SECONDS, STUCK_SECONDS
                 elif until_empty:
                     self._ask(leader, leader.save)
                     return
@@ -127,6 +128,9 @@ class Relay:
                 self._heartbeat(leader)
                 self._keep_house(leader)
         except ProducerBroken as error:
+            if isinstance(error, ProducerStuck):
+                # Should it be something else: not one batch after the other into a line that does not answer.
+                self._patience_seconds *= 2
             leader.last_error = str(error)
             self._ask(leader, leader.save)
             raise
@@ -181,18 +185,17 @@ class Relay:
         """One step of pruning and the like, a few milliseconds, when it is due."""
         if time.monotonic() < self._house_due:
             return
+        pause_seconds = HOUSE_STEP_SECONDS
         try:
-            pause_seconds = (
-                HOUSE_ROUND_SECONDS if self._ask(leader, next, self._house, None) is None else HOUSE_STEP_SECONDS
-            )
+            round_is_over = self._ask(leader, next, self._house, None) is None
         except psycopg.OperationalError:
             raise
         except psycopg.Error as error:
             # Of no matter for publishing: a missing right, say.
             logger.warning("housekeeping failed", extra={"error": str(error).strip()})
-            pause_seconds = HOUSE_ROUND_SECONDS
-        if pause_seconds == HOUSE_ROUND_SECONDS:
-            self._house = housekeeping(leader.session)
+            round_is_over = True
+        if round_is_over:
+            self._house, pause_seconds = housekeeping(leader.session), HOUSE_ROUND_SECONDS
         self._house_due = time.monotonic() + pause_seconds
 
     def _ask(self, leader: Leader, question: Callable[..., Answer], *arguments: Any) -> Answer:
@@ -250,7 +253,7 @@ class _Window:
     def batch(self, pages: int) -> Iterator[Page]:
         """Yield the pages of one batch; fewer where their rows are large.
 
-        The next one is read while those before are on their way to the broker.
+        One is read while those before it are on their way to the broker.
         """
         size_bytes = 0
         for _ in range(pages):

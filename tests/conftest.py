@@ -6,6 +6,7 @@ import pytest
 
 from tests.secure_kafka import SecureKafka
 from tests.services import SERVICES, Kafka
+from tests.topics import TopicReader
 
 
 @pytest.fixture(scope="session")
@@ -42,3 +43,11 @@ def kafka_comes_back(request: pytest.FixtureRequest) -> Iterator[None]:
         broker.resume()
         if not broker.is_running():
             broker.start()
+
+
+@pytest.fixture
+def topic_reader(kafka: Kafka) -> Iterator[TopicReader]:
+    """Reads what comes into the topics from now on."""
+    reader = TopicReader(kafka.bootstrap_servers)
+    yield reader
+    reader.close()

@@ -266,8 +266,8 @@ def writers(ledger, seed, *, count=WRITERS, ways=WAYS, pause_seconds=0.0, long_s
     assert not errors, errors
 
 
-@pytest.fixture
-def aggregates():
+@contextmanager
+def aggregates_table():
     """The table whose rows the writers lock."""
     with connection.cursor() as cursor:
         cursor.execute(CREATE_AGGREGATES)

@@ -8,15 +8,8 @@ import pytest
 from django.db import connection, transaction
 
 from events_outbox import emit_event
-from tests.topics import TopicReader
+from tests.outbox_writers import aggregates_table
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
-
-
-@pytest.fixture
-def topic_reader(kafka):
-    reader = TopicReader(kafka.bootstrap_servers)
-    yield reader
-    reader.close()
 
 
 @pytest.fixture
@@ -35,6 +28,12 @@ def emit():
             )
 
     return emit
+
+
+@pytest.fixture
+def aggregates():
+    with aggregates_table():
+        yield
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from events_outbox.publisher import Publisher
 from events_outbox.relay import Relay
 from events_outbox.status import read_status
 from tests.events_outbox.conftest import eventually, in_thread
-from tests.outbox_writers import Ledger, aggregates, judge, writers  # noqa: F401
+from tests.outbox_writers import Ledger, judge, writers
 from tests.topics import TopicReader
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
@@ -114,7 +114,7 @@ def test_a_relay_stopped_inside_a_window_goes_on_there(emit, topic_reader):
     assert RelayCursor.read().window is None
 
 
-def test_nothing_missed_through_the_relay_under_concurrent_writers(topic_reader, aggregates):  # noqa: F811
+def test_nothing_missed_through_the_relay_under_concurrent_writers(topic_reader, aggregates):
     ledger, seed = Ledger(), random.randrange(10**9)
     with in_thread(Relay(batch_size=50)), writers(ledger, seed):
         eventually(lambda: ledger.count() > 1500, 60)

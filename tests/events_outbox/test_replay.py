@@ -286,7 +286,10 @@ def test_a_replay_holds_no_transaction_open(emit, kafka):
         emit("c1", number)
     publish()
     seen = []
-    look = lambda: seen.append(sessions(state="state = 'idle' AND xact_start IS NULL AND backend_xmin IS NULL"))  # noqa: E731
+
+    def look():
+        seen.append(sessions(state="state = 'idle' AND xact_start IS NULL AND backend_xmin IS NULL"))
+
     with Replay(Selection(), batch_size=5, on_progress=look) as replay:
         replay.publish()
     assert seen == [1] * 4

@@ -13,7 +13,7 @@ from events_outbox.fields import NOTHING_SEEN, PgSnapshot
 from events_outbox.leader import open_session
 from events_outbox.models import OutboxEvent
 from events_outbox.window import read_bytes, read_pages, take_snapshot, window_ids
-from tests.outbox_writers import Ledger, Violations, aggregates, emit, judge, writers  # noqa: F401
+from tests.outbox_writers import Ledger, Violations, emit, judge, writers
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("aggregates")]
 
@@ -128,7 +128,7 @@ def test_nothing_missed_and_order_kept_under_concurrent_writers():
     seed = random.randrange(10**9)
     ledger = Ledger()
     ids = published_by(SnapshotReader(), ledger, seed, seconds=6)
-    print(f"seed {seed}: {ledger.count()} events")  # noqa: T201  (shown when the test fails)
+    print(f"seed {seed}: {ledger.count()} events")  # shown when the test fails
     assert judge(ids, ledger) == Violations(0, 0, 0, 0)
     assert ledger.count() > 500
 

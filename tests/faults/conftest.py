@@ -122,13 +122,6 @@ def fresh_groups(kafka):
 
 
 @pytest.fixture
-def topic_reader(kafka):
-    reader = TopicReader(kafka.bootstrap_servers)
-    yield reader
-    reader.close()
-
-
-@pytest.fixture
 def alice(transactional_db):
     user = register_user(
         tenant=create_tenant(name="Demo"), username="alice", password="correct horse battery", role=User.Role.ADMIN

@@ -357,7 +357,7 @@ class Harness:
         Afterwards `run` has what was seen: violations, committed, peak_bytes. Fails when a promise was broken.
         """
         run = Run(self, random.randrange(10**9) if seed is None else seed, batch_size)
-        print(f"seed {run.seed}")  # noqa: T201  (shown when the test fails)
+        print(f"seed {run.seed}")  # shown when the test fails
         self._begin(relays, batch_size)
         self.ledger = Ledger()
         reader = TopicReader(self.kafka.bootstrap_servers, TOPICS)
@@ -428,7 +428,7 @@ class Harness:
         undeliverable = self.query("SELECT count(*) FROM events_outbox_undeliverableevent")[0][0]
 
         found, story = run.violations, run.story()
-        print(  # noqa: T201
+        print(
             f"{run.committed} events committed ({run.in_doubt[0]} of them and {run.in_doubt[1]} others in doubt), "
             f"{found}, {run.crashes} crashes, published after {run.recovery_seconds:.1f} s, "
             f"relays at most {run.peak_bytes / 1e6:.0f} MB; {story}"

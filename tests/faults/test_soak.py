@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.apache_kafka, pytest.mark.timeout(SE
 def test_mixed_for_long(fault_harness):
     """Rounds of a minute, each judged; a transaction stays open through each, and some have thousands of events."""
     rng = random.Random(SEED)
-    print(f"\nSOAK_SEED={SEED}")  # noqa: T201
+    print(f"\nSOAK_SEED={SEED}")
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         relays, batch_size = rng.choice([1, 2, 3]), rng.choice([20, 100, 500])
