@@ -24,7 +24,7 @@ class OutboxSettings:
     """The broker is the in-memory one for development: no topic administration, nothing kept."""
     ACKS: str = "all"
     """"all", or "1" (the specification's WaitForLocal), which turns idempotence off."""
-    BATCH_SIZE: int = 500
+    BATCH_SIZE: int = 1000
     """Events a batch of the relay, 1 to 10,000; the specification recommends 100 to 1,000."""
     CONSUMER_BATCH_SIZE: int = 500
     """Events a batch (one transaction) of a consumer, 1 to 10,000."""

@@ -65,7 +65,8 @@ class OutboxEventQuerySet(models.QuerySet["OutboxEvent"]):
         The snapshot is taken apart into constants so that the index on (transaction_id, id) serves it.
         """
         lo = cursor.published
-        pending = self.filter(Q(transaction_id__gte=lo.xmax) | Q(transaction_id__in=sorted(lo.xip)))
+        pending = self.filter(transaction_id__gte=lo.xmin)  # else a scan can begin with the first published row
+        pending = pending.filter(Q(transaction_id__gte=lo.xmax) | Q(transaction_id__in=sorted(lo.xip)))
         if cursor.window is not None:
             pending = pending.exclude(Q(visible_in(cursor.window)) & Q(id__lte=cursor.window_last_id))
         return pending

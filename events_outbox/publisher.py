@@ -3,10 +3,8 @@
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
-from typing import Any
 
 from opentelemetry import trace
 from opentelemetry.propagate import extract
@@ -27,6 +25,7 @@ from .kafka import (
 )
 from .leader import Parked
 from .records import HEADER_FIELDS, headers_for, trace_carrier
+from .window import Row
 
 logger = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
@@ -38,8 +37,6 @@ STUCK_SECONDS = 20.0
 BROKEN_SECONDS = 1.0
 """How long a broken producer may take for its last reports; some it never gives."""
 
-Row = tuple[Any, ...]
-"""A row of a page: see `window.PAGE_COLUMNS`."""
 Key = tuple[str, str]
 """Topic and aggregate id: within it order is kept."""
 
@@ -85,25 +82,22 @@ class Publisher:
             for code in RECORD_REFUSALS:
                 metrics.OUTBOX_PUBLISH_FAILURES.labels(topic, KafkaError(code).name())
 
-    def publish(self, pages: Iterable[Sequence[Row]], blocked: set[Key]) -> tuple[list[Row], list[Parked]]:
-        """Publish the rows of all pages in order. Return the rows, and those to park; their keys join `blocked`.
+    def publish(
+        self, rows: Sequence[Row], blocked: set[Key], meanwhile: Callable[[], None] = lambda: None
+    ) -> list[Parked]:
+        """Publish the rows in order; all are acknowledged on return. Return those to park; their keys join `blocked`.
 
-        A page is on its way to the broker while the next one is asked for; all are acknowledged on return. Rows of a
-        blocked key are not produced but parked behind it. A broker that is away is waited for.
-        Raises ProducerBroken, and what `on_wait` and `pages` raise.
+        Rows of a blocked key are not produced but parked behind it. A broker that is away is waited for. `meanwhile`
+        is called while the broker is at work.
+        Raises ProducerBroken, and what `on_wait` and `meanwhile` raise.
         """
-        pages = iter(pages)
-        first = next(pages, None)
-        if first is None:
-            return [], []
+        if not rows:
+            return []
         started = time.perf_counter()
         parking = _Parking(blocked)
-        rows: list[Row] = []
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
-            for page in chain([first], pages):
-                rows += page
-                self._produce(page, parking)
-                self._poll(0)
+            self._produce(rows, parking)
+            meanwhile()
             if span.is_recording():
                 _describe(span, rows)
             refused, left = self._settle(rows, parking)
@@ -116,7 +110,7 @@ class Publisher:
                 refused, left = self._settle(left, parking)
         _count_published(rows, parking.parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
-        return rows, [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
+        return [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
 
     def _settle(self, rows: Sequence[Row], parking: "_Parking") -> tuple[list[Row], list[Row]]:
         """Wait for the reports on what was produced. Return, each in order, what was refused and what got no turn.

@@ -15,7 +15,7 @@ from .models import DeadLetter
 from .proto.base_event_pb2 import BaseEvent
 
 CONTENT_TYPE = f"application/x-protobuf; messageType={BaseEvent.DESCRIPTOR.full_name}"
-_CONTENT_TYPE_HEADER = ("content-type", CONTENT_TYPE.encode())
+_CONTENT_TYPE_BYTES = CONTENT_TYPE.encode()
 HEADER_FIELDS = (
     "event_type",
     "tenant_id",
@@ -31,26 +31,27 @@ HEADER_FIELDS = (
 _NO_EVENT = uuid.UUID("5b6a1a04-3f0c-5d52-9d7e-0d1c7f2a9d11")
 
 
-def headers_for(fields: Sequence[bytes]) -> list[tuple[str, str | bytes | None]]:
+def headers_for(fields: Sequence[bytes]) -> dict[str, str | bytes | None]:
     """The record's headers, from the values of HEADER_FIELDS (specification, Publish: headers; plus ours).
 
-    Of the trace context, what is empty is left out. Written out, since the relay comes by here for each event.
+    Of the trace context, what is empty is left out. Written out, since the relay comes by here for each event; and a
+    dict, which the client takes faster than a list of pairs.
     """
     event_type, tenant_id, correlation_id, event_id, event_version, traceparent, tracestate, baggage = fields
-    headers: list[tuple[str, str | bytes | None]] = [
-        ("event_type", event_type),
-        ("tenant_id", tenant_id),
-        ("correlation_id", correlation_id),
-        ("event_id", event_id),
-        ("event_version", event_version),
-        _CONTENT_TYPE_HEADER,
-    ]
+    headers: dict[str, str | bytes | None] = {
+        "event_type": event_type,
+        "tenant_id": tenant_id,
+        "correlation_id": correlation_id,
+        "event_id": event_id,
+        "event_version": event_version,
+        "content-type": _CONTENT_TYPE_BYTES,
+    }
     if traceparent:
-        headers.append(("traceparent", traceparent))
+        headers["traceparent"] = traceparent
     if tracestate:
-        headers.append(("tracestate", tracestate))
+        headers["tracestate"] = tracestate
     if baggage:
-        headers.append(("baggage", baggage))
+        headers["baggage"] = baggage
     return headers
 
 

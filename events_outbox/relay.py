@@ -20,16 +20,12 @@ from .exceptions import CursorLost, LeadershipLost
 from .leader import Leader, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
-from .publisher import STUCK_SECONDS, ProducerBroken, ProducerStuck, Publisher, Row
-from .window import PAGE_MAX_BYTES, read_pages, take_snapshot
+from .publisher import STUCK_SECONDS, ProducerBroken, ProducerStuck, Publisher
+from .window import Pages, take_snapshot
 
 logger = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
-Page = list[Row]
-
-PAGE_ROWS = 500
-"""Rows read at a time. A batch can be several pages: the first are on their way while the next ones are read."""
 
 HEARTBEAT_SECONDS = 1.0
 ANSWER_SECONDS = 0.5
@@ -52,8 +48,6 @@ class Relay:
     def __init__(self, *, batch_size: int | None = None, on_tick: Callable[[], None] = lambda: None) -> None:
         self._conf = outbox_settings()
         self._batch_size = batch_size or self._conf.BATCH_SIZE
-        self._pages_a_batch = -(-self._batch_size // PAGE_ROWS)
-        self._page_rows = self._batch_size // self._pages_a_batch
         self._on_tick = on_tick
         # A plain flag: an Event's lock can be held by the very wait that a signal handler interrupts.
         self._stopping = False
@@ -62,6 +56,7 @@ class Relay:
         self._last_redrive_look = 0.0
         # A thread beside the loop, to ask the database in: it may take long to answer.
         self._reader = ThreadPoolExecutor(1, "reader")
+        self._pages: Pages | None = None
         self._patience_seconds = STUCK_SECONDS
         self._house: Iterator[int] = iter(())
         self._house_due = 0.0
@@ -78,6 +73,7 @@ class Relay:
         Raises ImproperlyConfigured when librdkafka refuses the Kafka settings.
         """
         while not self._stopping:
+            self._pages = None
             try:
                 with open_session() as session:
                     leader = Leader(session)
@@ -146,25 +142,27 @@ class Relay:
         hi = leader.window or self._ask(leader, take_snapshot, leader.session)
         if hi == leader.published:
             return 0
-        count = 0
-        window = _Window(
-            read_pages(leader.session, leader.published, hi, leader.window_last_id, self._page_rows),
-            lambda pages: self._ask(leader, next, pages, None),
-        )
-        while not window.is_read:
-            rows, parked = publisher.publish(window.batch(self._pages_a_batch), leader.parked_keys)
-            if not rows:
+        count, is_read = 0, False
+        pages = self._pages = Pages(leader.session, leader.published, hi, leader.window_last_id, self._batch_size)
+        while not is_read:
+            page, is_read = self._ask(leader, pages.read)
+            if not page:
                 continue
+            parked = publisher.publish(page, leader.parked_keys, lambda: self._read_ahead(leader, pages))
             leader.last_error = ""
-            leader.advance(hi, None if window.is_read else rows[-1][0])
-            self._ask(leader, leader.save, parked, len(rows) - len(parked))
+            leader.advance(hi, None if is_read else page[-1][0])
+            self._ask(leader, leader.save, parked, len(page) - len(parked))
             self._beat()
-            count += len(rows)
+            count += len(page)
             self._keep_house(leader)
-            if self._stopping and not window.is_read:
+            if self._stopping and not is_read:
                 return count
         leader.advance(hi, None)  # where nothing was in it, saved with the next heartbeat: nothing depends on it
         return count
+
+    def _read_ahead(self, leader: Leader, pages: Pages) -> None:
+        if pages.is_under_way:
+            self._ask(leader, pages.receive)
 
     def _redrive(self, leader: Leader, publisher: Publisher) -> bool:
         """Publish a batch of what an operator asked to redrive, if anything; looked for once a second."""
@@ -174,9 +172,9 @@ class Relay:
             self._last_redrive_look = time.monotonic()
             return False
         page = self._ask(leader, leader.redrive_requests, self._batch_size)
-        rows, refused = publisher.publish([page], set())
+        refused = publisher.publish(page, set())
         refused_ids = {parked.event_id for parked in refused}
-        delivered_ids = [row[0] for row in rows if row[0] not in refused_ids]
+        delivered_ids = [row[0] for row in page if row[0] not in refused_ids]
         self._ask(leader, leader.close_redrive, delivered_ids, refused)
         logger.info("redrive done", extra={"delivered": len(delivered_ids), "refused": len(refused)})
         return True
@@ -203,7 +201,7 @@ class Relay:
 
         Raises _Abandoned when the relay is to stop and no answer comes.
         """
-        asked = self._reader.submit(question, *arguments)
+        asked = self._reader.submit(self._answer, question, *arguments)
         while True:
             try:
                 return asked.result(ANSWER_SECONDS)
@@ -214,6 +212,11 @@ class Relay:
                 if self._stopping and time.monotonic() > self._gives_up_at:
                     leader.session.close()  # ends the wait in the other thread too
                     raise _Abandoned("stopped while the database did not answer") from None
+
+    def _answer(self, question: Callable[..., Answer], *arguments: Any) -> Answer:
+        if self._pages:
+            self._pages.receive()  # it would be in the way of any other question
+        return question(*arguments)
 
     def _wait_for_broker(self, leader: Leader, what_for: str) -> None:
         """The broker is slow or away: stay alive, say so, and give up only when stopped."""
@@ -241,25 +244,3 @@ class Relay:
             if remaining <= 0:
                 return
             time.sleep(min(remaining, 0.2))
-
-
-class _Window:
-    """The pages of a window, read one by one."""
-
-    def __init__(self, pages: Iterator[tuple[Page, bool]], ask: Callable[[Any], tuple[Page, bool] | None]) -> None:
-        self._pages, self._ask = pages, ask
-        self.is_read = False
-
-    def batch(self, pages: int) -> Iterator[Page]:
-        """Yield the pages of one batch; fewer where their rows are large.
-
-        One is read while those before it are on their way to the broker.
-        """
-        size_bytes = 0
-        for _ in range(pages):
-            if self.is_read or size_bytes > PAGE_MAX_BYTES:
-                return
-            page, self.is_read = self._ask(self._pages) or ([], True)
-            size_bytes += sum(len(row[3]) for row in page)
-            if page:
-                yield page

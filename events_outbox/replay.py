@@ -24,8 +24,8 @@ from .exceptions import LeadershipLost
 from .handlers import consumers
 from .leader import LOCK_KEY, Parked, open_session
 from .models import OutboxEvent, OutboxEventQuerySet, ProcessedEvent, RelayCursor
-from .publisher import Publisher, Row
-from .window import read_page
+from .publisher import Publisher
+from .window import Row, read_page
 
 APPLICATION_NAME = "replay_outbox"
 STOP_GRACE_SECONDS = 2.0
@@ -195,7 +195,7 @@ class Replay:
         started = time.monotonic()
         try:
             for rows in self._pages():
-                _, refused = publisher.publish([rows], set())
+                refused = publisher.publish(rows, set())
                 if refused:
                     self._stand_before(refused, rows)
                     raise ReplayRefused(refused[0])

@@ -19,6 +19,8 @@ from itertools import islice
 from typing import Any
 
 import psycopg
+from psycopg import generators, pq
+from psycopg.adapt import Transformer
 from psycopg.types.string import ByteaBinaryLoader
 
 from .fields import PgSnapshot
@@ -27,14 +29,20 @@ from .records import HEADER_FIELDS
 _OUTBOX = "events_outbox_outboxevent"
 ID_CHUNK = 5000
 
-# Ids of a window. `lo` comes in parts, as constants, so that the index on (transaction_id, id) can serve both
-# branches; with the snapshot functions in the condition, or with a LIMIT, the planner walks the primary key through
-# every published row instead.
+Row = tuple[Any, ...]
+"""A row of a page: id, topic, aggregate_id, value, then the HEADER_FIELDS; all but the first two as bytes."""
+
+# Ids of a window. `lo` comes in parts, as constants, so that the index on (transaction_id, id) serves both branches;
+# with the snapshot functions in the condition, or with a LIMIT, the planner walks the primary key through every
+# published row instead, and with OR between the branches it walks through this whole index.
 WINDOW_IDS_SQL = f"""
     SELECT id FROM {_OUTBOX}
-     WHERE (transaction_id >= %(xmax)s::xid8 OR transaction_id = ANY(%(xip)s::xid8[]))
-       AND pg_visible_in_snapshot(transaction_id, %(hi)s::pg_snapshot)
-       AND id > %(after_id)s
+     WHERE transaction_id >= %(xmax)s::xid8
+       AND pg_visible_in_snapshot(transaction_id, %(hi)s::pg_snapshot) AND id > %(after_id)s
+     UNION ALL
+    SELECT id FROM {_OUTBOX}
+     WHERE transaction_id = ANY(%(xip)s::xid8[])
+       AND pg_visible_in_snapshot(transaction_id, %(hi)s::pg_snapshot) AND id > %(after_id)s
      ORDER BY id
 """
 
@@ -47,11 +55,11 @@ PAGE_COLUMNS = ", ".join(
 PAGE_SQL = f"""
     SELECT {PAGE_COLUMNS}
       FROM (SELECT *, sum(octet_length(value)) OVER (ORDER BY id) - octet_length(value) AS bytes_before
-              FROM {_OUTBOX} WHERE id = ANY(%s)) e
-     WHERE bytes_before < %s ORDER BY id
+              FROM {_OUTBOX} WHERE id = ANY($1)) e
+     WHERE bytes_before < $2 ORDER BY id
 """
 # Half the cost, where the ids have no gap and no value is large.
-RANGE_SQL = f"SELECT {PAGE_COLUMNS} FROM {_OUTBOX} e WHERE e.id BETWEEN %s AND %s ORDER BY e.id"
+RANGE_SQL = f"SELECT {PAGE_COLUMNS} FROM {_OUTBOX} e WHERE e.id BETWEEN $1 AND $2 ORDER BY e.id"
 # Rows of more than some two kilobytes have their values out of line.
 LARGE_VALUES_SQL = """
     SELECT coalesce(sum(pg_relation_size(reltoastrelid)), 0) > 0 FROM pg_class
@@ -88,34 +96,87 @@ def window_ids(
             yield [row[0] for row in chunk]
 
 
-def read_page(connection: psycopg.Connection[Any], ids: Sequence[int]) -> list[tuple[Any, ...]]:
+class Pages:
+    """The rows of the window between `lo` and `hi`, ascending, page by page.
+
+    While the caller is busy with a page, the server prepares the next one. `receive()` brings that in: call it before
+    the connection is used for anything else, and before a long wait (an unread result keeps its locks).
+    """
+
+    def __init__(
+        self, connection: psycopg.Connection[Any], lo: PgSnapshot, hi: PgSnapshot, after_id: int, page_rows: int
+    ) -> None:
+        self._connection = connection
+        self._ids = (id_ for chunk in window_ids(connection, lo, hi, after_id) for id_ in chunk)
+        self._page_rows = page_rows
+        self._wanted: list[int] = []
+        self._some_are_large: bool | None = None  # not looked yet
+        self._page: list[Row] | None = None
+        self.is_under_way = False
+
+    def read(self) -> tuple[list[Row], bool]:
+        """Return the next page and whether it is the last one, and ask for the one after it.
+
+        A page has `page_rows` rows, fewer at the end of the window, where rows are gone, and where their values
+        exceed PAGE_MAX_BYTES.
+        """
+        if self._page is None and not self.is_under_way:
+            self._ask_for_more()
+        self.receive()
+        page, self._page = self._page or [], None
+        last_id = page[-1][0] if page else float("inf")
+        self._wanted = [id_ for id_ in self._wanted if id_ > last_id]
+        self._ask_for_more()
+        return page, not self._wanted
+
+    def _ask_for_more(self) -> None:
+        self._wanted += islice(self._ids, self._page_rows - len(self._wanted))
+        if not self._wanted:
+            return
+        if self._some_are_large is None:
+            self._some_are_large = _some_are_large(self._connection)
+        _send(self._connection, self._wanted, self._some_are_large)
+        self.is_under_way = True
+
+    def receive(self) -> None:
+        """Bring in the page that is under way, if any."""
+        if self.is_under_way:
+            self.is_under_way = False
+            self._page = _receive(self._connection)
+
+
+def read_page(connection: psycopg.Connection[Any], ids: Sequence[int]) -> list[Row]:
     """Return the rows of the first of these ids, ascending, until their values exceed PAGE_MAX_BYTES; at least one.
 
-    A row is (id, topic, aggregate_id, value, then the HEADER_FIELDS), all but the first two as bytes. An id that is
-    not there any more is left out.
+    An id that is not there any more is left out.
     """
-    return connection.execute(PAGE_SQL, [list(ids), PAGE_MAX_BYTES], binary=True).fetchall()
+    _send(connection, ids, some_are_large=True)
+    return _receive(connection)
 
 
-def read_pages(
-    connection: psycopg.Connection[Any], lo: PgSnapshot, hi: PgSnapshot, after_id: int, page_rows: int
-) -> Iterator[tuple[list[tuple[Any, ...]], bool]]:
-    """Yield the rows of the window between `lo` and `hi`, ascending, in pages, each with whether it is the last one.
+def _some_are_large(connection: psycopg.Connection[Any]) -> bool:
+    return bool(connection.execute(LARGE_VALUES_SQL, {"outbox": _OUTBOX}).fetchall()[0][0])
 
-    See `read_page()`; a page is empty where all its rows are gone.
-    """
-    ids = (id_ for chunk in window_ids(connection, lo, hi, after_id) for id_ in chunk)
-    wanted = list(islice(ids, page_rows))
-    some_are_large = bool(wanted) and connection.execute(LARGE_VALUES_SQL, {"outbox": _OUTBOX}).fetchall()[0][0]
-    while wanted:
-        if some_are_large or wanted[-1] - wanted[0] >= len(wanted):
-            page = read_page(connection, wanted)
-            wanted = [id_ for id_ in wanted if page and id_ > page[-1][0]]
-        else:
-            page = connection.execute(RANGE_SQL, [wanted[0], wanted[-1]], binary=True).fetchall()
-            wanted = []
-        wanted += islice(ids, page_rows - len(wanted))
-        yield page, not wanted
+
+def _send(connection: psycopg.Connection[Any], ids: Sequence[int], some_are_large: bool) -> None:
+    """Ask for the rows of these ids without waiting for them."""
+    if some_are_large or ids[-1] - ids[0] >= len(ids):
+        sql, parameters = PAGE_SQL, ["{" + ",".join(map(str, ids)) + "}", str(PAGE_MAX_BYTES)]
+    else:
+        sql, parameters = RANGE_SQL, [str(ids[0]), str(ids[-1])]
+    connection.pgconn.send_query_params(
+        sql.encode(), [parameter.encode() for parameter in parameters], result_format=pq.Format.BINARY
+    )
+    connection.wait(generators.send(connection.pgconn))
+
+
+def _receive(connection: psycopg.Connection[Any]) -> list[Row]:
+    (result,) = connection.wait(generators.fetch_many(connection.pgconn))
+    if result.status != pq.ExecStatus.TUPLES_OK:
+        raise psycopg.errors.error_from_result(result)
+    transformer = Transformer(connection)
+    transformer.set_pgresult(result)
+    return transformer.load_rows(0, result.ntuples, tuple)
 
 
 def read_bytes(connection: psycopg.Connection[Any]) -> None:

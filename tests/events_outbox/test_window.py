@@ -12,7 +12,7 @@ from events_outbox import window
 from events_outbox.fields import NOTHING_SEEN, PgSnapshot
 from events_outbox.leader import open_session
 from events_outbox.models import OutboxEvent
-from events_outbox.window import read_bytes, read_pages, take_snapshot, window_ids
+from events_outbox.window import Pages, read_bytes, take_snapshot, window_ids
 from tests.outbox_writers import Ledger, Violations, emit, judge, writers
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("aggregates")]
@@ -206,7 +206,7 @@ def test_reading_a_window_does_not_walk_through_published_rows():
                 emit("a0", number)
         session.execute("ANALYZE events_outbox_outboxevent")
         hi = take_snapshot(session)
-        lo = PgSnapshot(lo.xmin, lo.xmax, frozenset({lo.xmin}))
+        lo = PgSnapshot(lo.xmin - 1, lo.xmax, frozenset({lo.xmin - 1}))
         parameters = {
             "xmax": str(lo.xmax),
             "xip": [str(xid) for xid in lo.xip],
@@ -218,6 +218,15 @@ def test_reading_a_window_does_not_walk_through_published_rows():
         assert "outbox_window" in plan and "outboxevent_pkey" not in plan and "Seq Scan" not in plan, plan
         ids = [id_ for chunk in window_ids(session, lo, hi) for id_ in chunk]
         assert len(ids) == 20
+        # A long window too: what is walked through begins with it, not with the first row that was ever published.
+        session.execute(
+            "UPDATE events_outbox_outboxevent SET transaction_id = %s::text::xid8 WHERE id > %s",
+            [str(lo.xmax), ids[0] - 150_000],
+        )
+        session.execute("VACUUM (ANALYZE) events_outbox_outboxevent")
+        parameters["hi"] = str(take_snapshot(session))
+        plan = _explain(session, declare, parameters)
+        assert plan.count("Index Cond: ((transaction_id ") == 2 and "Seq Scan" not in plan, plan
         for sql, parameters in ((PAGE_SQL, [ids, 10**6]), (RANGE_SQL, [ids[0], ids[-1]])):
             plan = _explain(session, sql, parameters)
             assert "outboxevent_pkey" in plan and "Seq Scan" not in plan, plan
@@ -233,9 +242,7 @@ def test_pages_hold_each_row_of_the_window_once_whatever_their_size():
         ids = list(OutboxEvent.objects.order_by("id").values_list("id", flat=True))
 
         def pages(rows):
-            found = list(read_pages(session, lo, take_snapshot(session), 0, rows))
-            assert [is_last for _, is_last in found] == [False] * (len(found) - 1) + [True]
-            return [[row[0] for row in page] for page, _ in found]
+            return [[row[0] for row in page] for page in _pages(session, lo, rows)]
 
         assert pages(5) == [ids[:5], ids[5:10], ids[10:]]
         OutboxEvent.objects.filter(id__in=ids[3:8]).delete()  # a gap, as rollbacks leave them
@@ -251,9 +258,58 @@ def test_large_values_make_short_pages(monkeypatch):
         for number in range(4):
             with transaction.atomic():
                 emit("a0", f"{number} {secrets.token_hex(8_000)}")  # too long for the table itself
-        found = list(read_pages(session, lo, take_snapshot(session), 0, 500))
-        assert [len(page) for page, _ in found] == [1, 1, 1, 1]
+        assert [len(page) for page in _pages(session, lo, 500)] == [1, 1, 1, 1]
+
+
+def test_the_session_is_free_for_other_questions_once_the_page_under_way_is_in():
+    with open_session() as session:
+        read_bytes(session)
+        lo = take_snapshot(session)
+        for number in range(5):
+            with transaction.atomic():
+                emit("a0", number)
+        pages = Pages(session, lo, take_snapshot(session), 0, 2)
+        page, is_last = pages.read()
+        with pytest.raises(psycopg.OperationalError, match="another command"):
+            session.execute("SELECT 1")
+        pages.receive()
+        assert session.execute("SELECT 1").fetchall() == [(1,)]
+        rows = page + pages.read()[0]
+        pages.receive()
+        last, is_last = pages.read()
+        assert is_last and len(rows + last) == 5
+        assert [row[0] for row in rows + last] == list(OutboxEvent.objects.order_by("id").values_list("id", flat=True))
+
+
+def test_a_page_that_could_not_be_read_is_asked_for_again():
+    with open_session() as session:
+        read_bytes(session)
+        lo = take_snapshot(session)
+        for number in range(6):
+            with transaction.atomic():
+                emit("a0", number)
+        pages = Pages(session, lo, take_snapshot(session), 0, 2)
+        found = [pages.read()[0]]
+        pages.receive()
+        session.execute("SET statement_timeout = '50ms'")
+        with transaction.atomic(), connection.cursor() as cursor:
+            cursor.execute("LOCK TABLE events_outbox_outboxevent")
+            found.append(pages.read()[0])  # it is in; the one after it has to wait
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                pages.receive()
+        page, is_last = pages.read()
+        assert [len(page) for page in (*found, page)] == [2, 2, 2] and is_last
+
+
+def _pages(session, lo, page_rows):
+    """All pages of the window from `lo` to now."""
+    pages, found, is_last = Pages(session, lo, take_snapshot(session), 0, page_rows), [], False
+    while not is_last:
+        page, is_last = pages.read()
+        found.append(page)
+    return found
 
 
 def _explain(session, sql, parameters):
-    return "\n".join(row[0] for row in session.execute(f"EXPLAIN {sql}", parameters).fetchall())
+    cursor = psycopg.RawCursor(session) if "$1" in sql else session.cursor()
+    return "\n".join(row[0] for row in cursor.execute(f"EXPLAIN {sql}", parameters).fetchall())
