@@ -2,7 +2,7 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.apps import apps as global_apps
-from django.db import connections
+from django.db import connections, router
 from django.db.models.signals import post_migrate
 from django.utils.module_loading import autodiscover_modules
 
@@ -28,5 +28,7 @@ def _make_cursor(using: str, apps: Any = global_apps, **_: Any) -> None:
         events = apps.get_model("events_outbox", "OutboxEvent").objects.using(using)
     except LookupError:
         return  # migrated backwards
+    if not router.allow_migrate_model(using, cursor.model):
+        return  # of a database that has other things in it
     if connections[using].vendor == "postgresql" and not cursor.exists() and not events.exists():
         cursor.create()

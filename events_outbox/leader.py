@@ -22,10 +22,16 @@ from .exceptions import LeadershipLost
 from .fields import NOTHING_SEEN, PgSnapshot
 from .pooling import require_own_session
 from .recovery import rebuild_cursor
-from .window import PAGE_COLUMNS, read_bytes, take_snapshot
+from .window import PAGE_COLUMNS, PAGE_MAX_BYTES, read_bytes, take_snapshot
 
 logger = logging.getLogger(__name__)
 
+SESSION_LOST = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    # Ended by the server while frozen in the midst of a transaction: an internal error to the driver.
+    psycopg.errors.IdleInTransactionSessionTimeout,
+)
 LOCK_KEY = 0x6F7574626F78  # "outbox"; advisory locks are per database
 APPLICATION_NAME = "relay_outbox"
 _CURSOR = "events_outbox_relaycursor"
@@ -45,8 +51,8 @@ class Parked:
     error: str
 
 
-def open_session() -> psycopg.Connection[Any]:
-    """Open the relay's own session, in autocommit mode.
+def open_session(application_name: str = APPLICATION_NAME) -> psycopg.Connection[Any]:
+    """Open the relay's own session, in autocommit mode. By its `application_name` it counts as a relay, or not.
 
     It ends by itself, and with it the lock, when the relay is frozen (no statement for the session timeout) or its
     host is lost (keepalives). Raises psycopg.OperationalError when the database is away, ImproperlyConfigured when a
@@ -57,7 +63,7 @@ def open_session() -> psycopg.Connection[Any]:
         parameters.pop(django_only, None)
     # The keepalives of this side: a database whose host is lost must not hang the relay for many minutes.
     keepalives = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 10_000}
-    parameters |= {"autocommit": True, "application_name": APPLICATION_NAME, "connect_timeout": 5, **keepalives}
+    parameters |= {"autocommit": True, "application_name": application_name, "connect_timeout": 5, **keepalives}
     session = psycopg.connect(**parameters)
     require_own_session(session, lambda: psycopg.connect(**parameters))
     read_bytes(session)
@@ -220,7 +226,7 @@ class Leader:
                     [(p.event_id, p.topic, p.aggregate_id, p.reason, p.error) for p in parked],
                 )
                 self._save()
-        except psycopg.OperationalError as error:
+        except SESSION_LOST as error:
             raise LeadershipLost(str(error)) from error
 
     def _save(self) -> None:
@@ -288,11 +294,19 @@ class Leader:
         return bool(requested)
 
     def redrive_requests(self, limit: int) -> list[tuple[Any, ...]]:
-        """Return parked events that an operator wants published, as rows of a page, in the order of parking."""
+        """Return parked events that an operator wants published, as rows of a page, in the order of parking.
+
+        At least one; fewer than `limit` when their values exceed PAGE_MAX_BYTES.
+        """
         return self.session.execute(
-            f"""SELECT {PAGE_COLUMNS} FROM {_UNDELIVERABLE} u JOIN {_OUTBOX} e ON e.id = u.event_id
-                 WHERE u.redrive_requested_at IS NOT NULL AND u.discarded_at IS NULL ORDER BY u.id LIMIT %s""",
-            [limit],
+            f"""SELECT {PAGE_COLUMNS}
+                  FROM (SELECT e.*, u.id AS place,
+                               sum(octet_length(e.value)) OVER (ORDER BY u.id) - octet_length(e.value) AS bytes_before
+                          FROM (SELECT id, event_id FROM {_UNDELIVERABLE}
+                                 WHERE redrive_requested_at IS NOT NULL AND discarded_at IS NULL
+                                 ORDER BY id LIMIT %s) u JOIN {_OUTBOX} e ON e.id = u.event_id) e
+                 WHERE bytes_before < %s ORDER BY place""",
+            [limit, PAGE_MAX_BYTES],
             binary=True,
         ).fetchall()
 

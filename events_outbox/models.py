@@ -52,6 +52,16 @@ class RelayCursor(models.Model):
         """Return the cursor, or the one a first relay would start from. Writes nothing."""
         return cls.objects.filter(id=1).first() or cls()
 
+    def is_of_this_cluster(self) -> bool:
+        """Whether its snapshots speak of this cluster's transactions; not after a restore, until a relay has led."""
+        with connection.cursor() as cursor:
+            cursor.execute(
+                """SELECT system_identifier, pg_snapshot_xmax(pg_current_snapshot())::text::bigint
+                     FROM pg_control_system()"""
+            )
+            ((cluster, next_xid),) = cursor.fetchall()
+        return self.system_identifier in (None, cluster) and self.published.xmax <= next_xid
+
     def has_published(self, event: "OutboxEvent") -> bool:
         """Whether the relay is past this event: it was published, or parked as undeliverable."""
         in_window = self.window is not None and self.window.sees(event.transaction_id)

@@ -27,9 +27,17 @@ SEQUENCE = f"{OUTBOX}_id_seq"
 UNDELIVERABLE = "events_outbox_undeliverableevent"
 CURSOR = "events_outbox_relaycursor"
 DEFAULT_PARTITION = f"{OUTBOX}_default"
+# A cursor of another cluster (a restore, and no relay has led since) says nothing about the transactions of this one;
+# nor does one that points into the future.
+CURSOR_IS_OF_THIS_CLUSTER = """
+    coalesce(c.system_identifier, s.system_identifier) = s.system_identifier
+    AND pg_snapshot_xmax(c.published) <= pg_snapshot_xmax(pg_current_snapshot())
+"""
 PARTITIONS_AHEAD = 2
 LOCK_TIMEOUT_MS = 200
 """How long making or dropping a partition may wait for its locks, and so hold up inserts behind it."""
+ATTACH_TIMEOUT_MS = 1000
+"""How long it may then take to attach a partition, and hold up inserts."""
 
 # Of a table that only grows, and is pruned in chunks: the defaults would wait for a fifth of it to change.
 AUTOVACUUM = (
@@ -108,6 +116,8 @@ def make_ahead(session: psycopg.Connection[Any], rows: int) -> int:
                 # An insert that is running would send its row to the default partition, and fail, because that one
                 # must not have it any more: so none may be running.
                 session.execute(f"LOCK TABLE ONLY {OUTBOX} IN SHARE ROW EXCLUSIVE MODE")
+                # The server goes through the whole default partition, which is small where partitions are made in time.
+                session.execute(f"SET LOCAL statement_timeout = {ATTACH_TIMEOUT_MS}")
                 for statement in _make(end, rows):
                     session.execute(statement)
             end += rows
@@ -115,32 +125,38 @@ def make_ahead(session: psycopg.Connection[Any], rows: int) -> int:
     return made
 
 
-def drop_old(session: psycopg.Connection[Any], cutoff: datetime) -> int:
-    """Drop the partitions all of whose events are published and older than `cutoff`. Return how many events went.
+def drop_old(session: psycopg.Connection[Any], cutoff: datetime) -> Iterator[int]:
+    """Drop the partitions all of whose events are published and older than `cutoff`. Yield how many events of each.
 
     One with an open undeliverable event stays, and one for which a lock is not to be had at once.
     """
-    dropped = 0
     ((next_id,),) = session.execute(f"SELECT last_value + 1 FROM {SEQUENCE}").fetchall()
     for partition in partitions(session):
         if partition.end > next_id:
             break
-        count = _count_if_old(session, partition, cutoff)
-        if count is None:
-            continue
-        with _short_locks(session, "partition not dropped, will try again"), session.transaction():
-            session.execute(f"LOCK TABLE ONLY {OUTBOX} IN ACCESS EXCLUSIVE MODE")
-            # What was written to it before the lock and is not published shows now.
-            if not _is_published(session, partition):
-                continue
-            session.execute(
-                f"DELETE FROM {UNDELIVERABLE} WHERE event_id >= %s AND event_id < %s", [partition.start, partition.end]
-            )
-            session.execute(f"ALTER TABLE {OUTBOX} DETACH PARTITION {partition.name}")
-            session.execute(f"DROP TABLE {partition.name}")
-            dropped += count
-            logger.info("outbox partition dropped", extra={"partition": partition.name})
-    return dropped
+        try:
+            yield _drop_if_old(session, partition, cutoff)
+        except psycopg.errors.UndefinedTable:
+            continue  # dropped by somebody else meanwhile
+
+
+def _drop_if_old(session: psycopg.Connection[Any], partition: Partition, cutoff: datetime) -> int:
+    # In this order: counting goes through all of it.
+    if not _is_published(session, partition) or (count := _count_if_old(session, partition, cutoff)) is None:
+        return 0
+    with _short_locks(session, "partition not dropped, will try again"), session.transaction():
+        session.execute(f"LOCK TABLE ONLY {OUTBOX} IN ACCESS EXCLUSIVE MODE")
+        # What was written to it before the lock and is not published shows now.
+        if not _is_published(session, partition):
+            return 0
+        session.execute(
+            f"DELETE FROM {UNDELIVERABLE} WHERE event_id >= %s AND event_id < %s", [partition.start, partition.end]
+        )
+        session.execute(f"ALTER TABLE {OUTBOX} DETACH PARTITION {partition.name}")
+        session.execute(f"DROP TABLE {partition.name}")
+        logger.info("outbox partition dropped", extra={"partition": partition.name})
+        return count
+    return 0
 
 
 def _count_if_old(session: psycopg.Connection[Any], partition: Partition, cutoff: datetime) -> int | None:
@@ -156,7 +172,9 @@ def _count_if_old(session: psycopg.Connection[Any], partition: Partition, cutoff
 
 def _is_published(session: psycopg.Connection[Any], partition: Partition) -> bool:
     """No event that the cursor's snapshot does not see, and none that waits for a redrive. Both by index."""
-    row = session.execute(f"SELECT published::text FROM {CURSOR}").fetchone()
+    row = session.execute(
+        f"SELECT c.published::text FROM {CURSOR} c, pg_control_system() s WHERE {CURSOR_IS_OF_THIS_CLUSTER}"
+    ).fetchone()
     if row is None:
         return False
     published = PgSnapshot.parse(row[0])
@@ -182,6 +200,11 @@ def _short_locks(session: psycopg.Connection[Any], otherwise: str) -> Iterator[N
     session.execute("SELECT set_config('lock_timeout', %s, false)", [f"{LOCK_TIMEOUT_MS}ms"])
     try:
         yield
+    except psycopg.errors.QueryCanceled as error:
+        logger.warning(
+            "partition not attached: the default partition takes too long to go through, attach one in a quiet hour",
+            extra={"error": str(error).strip()},
+        )
     except (psycopg.errors.LockNotAvailable, psycopg.errors.CheckViolation) as error:
         logger.info(otherwise, extra={"error": str(error).strip()})
     finally:

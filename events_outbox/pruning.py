@@ -4,7 +4,8 @@ In chunks by id, each a short transaction of its own that locks nothing but the 
 published, or that waits as undeliverable, is never deleted, however old.
 """
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,6 +13,9 @@ import psycopg
 
 from . import partitions
 from .conf import outbox_settings
+from .leader import SESSION_LOST
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ROWS = 1000
 
@@ -22,7 +26,9 @@ _CURSOR = "events_outbox_relaycursor"
 # One statement sees one moment: the cursor, what is parked, and the events agree.
 _PRUNABLE = f"""
     p.created_at < %(cutoff)s
-    AND EXISTS (SELECT FROM {_CURSOR} c WHERE pg_visible_in_snapshot(p.transaction_id, c.published))
+    AND EXISTS (SELECT FROM {_CURSOR} c, pg_control_system() s
+                 WHERE pg_visible_in_snapshot(p.transaction_id, c.published)
+                   AND {partitions.CURSOR_IS_OF_THIS_CLUSTER})
     AND NOT EXISTS (SELECT FROM {_UNDELIVERABLE} u WHERE u.event_id = p.id AND u.discarded_at IS NULL)
 """
 _PRUNE_CHUNK_SQL = f"""
@@ -57,7 +63,7 @@ def prune_events(session: psycopg.Connection[Any], older_than: timedelta) -> Ite
     """Delete published events older than that, and yield after each chunk how many it had. Starts at the oldest."""
     cutoff, table = datetime.now(UTC) - older_than, _OUTBOX
     if partitions.is_partitioned(session):
-        yield partitions.drop_old(session, cutoff)
+        yield from partitions.drop_old(session, cutoff)
         table = partitions.DEFAULT_PARTITION
     yield from _chunks(session, _PRUNE_CHUNK_SQL.format(table=table), cutoff)
 
@@ -76,11 +82,28 @@ def _chunks(session: psycopg.Connection[Any], prune_chunk: str, cutoff: datetime
 
 
 def housekeeping(session: psycopg.Connection[Any]) -> Iterator[int]:
-    """One round of what the settings ask for, in short steps; yields after each."""
+    """One round of what the settings ask for, in short steps; yields after each.
+
+    A task that fails does not keep the others from their turn; the session's end is raised.
+    """
     conf = outbox_settings()
     if conf.PARTITION_ROWS is not None and partitions.is_partitioned(session):
-        yield partitions.make_ahead(session, conf.PARTITION_ROWS)
+        yield from _tried("making partitions ahead", _make_ahead, session, conf.PARTITION_ROWS)
     if conf.PRUNE_AFTER_DAYS is not None:
-        yield from prune_events(session, timedelta(days=conf.PRUNE_AFTER_DAYS))
+        yield from _tried("pruning events", prune_events, session, timedelta(days=conf.PRUNE_AFTER_DAYS))
     if conf.PROCESSED_KEEP_DAYS is not None:
-        yield from prune_marks(session, timedelta(days=conf.PROCESSED_KEEP_DAYS))
+        yield from _tried("pruning marks", prune_marks, session, timedelta(days=conf.PROCESSED_KEEP_DAYS))
+
+
+def _make_ahead(session: psycopg.Connection[Any], rows: int) -> Iterator[int]:
+    yield partitions.make_ahead(session, rows)
+
+
+def _tried(task: str, steps: Callable[..., Iterator[int]], *arguments: Any) -> Iterator[int]:
+    try:
+        yield from steps(*arguments)
+    except SESSION_LOST:
+        raise
+    except psycopg.Error as error:
+        # Of no matter for publishing: a missing right, say.
+        logger.warning("housekeeping failed", extra={"task": task, "error": str(error).strip()})

@@ -73,6 +73,7 @@ class Publisher:
         self._broken = ""
         self._trouble = ""
         self._known_keys: dict[str, set[bytes]] = defaultdict(set)  # by topic
+        self._new_to_broker: Sequence[Row] = []
         self._forgets_keys_at = 0.0
         self._undelivered = 0
         self._stuck_at = float("inf")
@@ -118,6 +119,7 @@ class Publisher:
         The events of a topic that is refused are parked. Of a key, what was refused comes before what got no turn.
         """
         self._await_reports()
+        self._note_known(parking)
         refused: list[Row] = []
         left: list[Row] = []
         if not self._errors and not self._broken:
@@ -165,6 +167,7 @@ class Publisher:
         for part in (wave, rest):
             if part is rest and rest:
                 self._await_reports()
+                self._note_known(parking)
             if self._errors or self._broken:
                 self._unsent.update(row[0] for row in part)
             else:
@@ -183,13 +186,25 @@ class Publisher:
         enough = {topic for topic, keys in self._known_keys.items() if len(keys) > KEYS_THAT_MEET_EVERY_PARTITION}
         if enough and enough.issuperset({row[1] for row in rows}):
             return rows, []
-        first: list[Row] = []
+        first: dict[tuple[str, bytes], Row] = {}
         rest: list[Row] = []
         for row in rows:
-            keys = self._known_keys[row[1]]
-            (rest if row[2] in keys else first).append(row)
-            keys.add(row[2])  # close() forgets them, after a refusal too
-        return (first, rest) if first else (rest, [])
+            if (
+                row[1] in enough
+                or row[2] in self._known_keys[row[1]]
+                or first.setdefault((row[1], row[2]), row) is not row
+            ):
+                rest.append(row)
+        self._new_to_broker = list(first.values())
+        return (self._new_to_broker, rest) if first else (rest, [])
+
+    def _note_known(self, parking: "_Parking") -> None:
+        """Of the first events of new keys, those that the broker has taken make their keys known."""
+        if not self._errors and not self._broken:
+            for row in self._new_to_broker:
+                if row[0] not in parking.parked:
+                    self._known_keys[row[1]].add(row[2])
+        self._new_to_broker = []
 
     def _produce_wave(self, rows: Sequence[Row], parking: "_Parking") -> None:
         producer = self._producer = self._producer or make_producer(self._on_trouble)
@@ -229,7 +244,7 @@ class Publisher:
         while self._producer is not None and not self._broken:
             try:
                 if not self._producer.flush(FLUSH_SECONDS):
-                    self._trouble, self._undelivered = "", 0
+                    self._trouble, self._undelivered, self._stuck_at = "", 0, float("inf")
                     return
             except (KafkaException, SystemError) as error:
                 self._broken = _reason(error)
@@ -256,7 +271,7 @@ class Publisher:
     def _waiting(self) -> None:
         self._on_wait(self._trouble or "waiting for the broker")
         undelivered = len(self._producer or ())
-        if undelivered != self._undelivered:
+        if undelivered != self._undelivered or not undelivered:
             self._undelivered, self._stuck_at = undelivered, time.monotonic() + self._patience_seconds
         elif time.monotonic() > self._stuck_at:
             # librdkafka can miss that its only broker is back after a clean restart, and never ask it again.

@@ -5,10 +5,13 @@ moves the cursor when the broker has acknowledged it. After a crash between ackn
 sent again: at least once in Kafka, which the consumers make effectively once.
 """
 
+import contextlib
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import psycopg
@@ -17,7 +20,7 @@ from monitoring import metrics
 
 from .conf import outbox_settings
 from .exceptions import CursorLost, LeadershipLost
-from .leader import Leader, open_session
+from .leader import SESSION_LOST, Leader, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
 from .publisher import STUCK_SECONDS, ProducerBroken, ProducerStuck, Publisher
@@ -80,7 +83,7 @@ class Relay:
                     if self._wait_for_lead(leader, until_empty):
                         self._lead(leader, until_empty)
                     return
-            except (psycopg.OperationalError, psycopg.InterfaceError, LeadershipLost) as error:
+            except (*SESSION_LOST, LeadershipLost) as error:
                 logger.warning("database session lost, trying again", extra={"error": str(error).strip()})
             except CursorLost as error:
                 logger.warning("cursor not rebuilt, trying again", extra={"error": str(error)})
@@ -173,6 +176,7 @@ class Relay:
             return False
         page = self._ask(leader, leader.redrive_requests, self._batch_size)
         refused = publisher.publish(page, set())
+        leader.last_error = ""
         refused_ids = {parked.event_id for parked in refused}
         delivered_ids = [row[0] for row in page if row[0] not in refused_ids]
         self._ask(leader, leader.close_redrive, delivered_ids, refused)
@@ -184,15 +188,7 @@ class Relay:
         if time.monotonic() < self._house_due:
             return
         pause_seconds = HOUSE_STEP_SECONDS
-        try:
-            round_is_over = self._ask(leader, next, self._house, None) is None
-        except psycopg.OperationalError:
-            raise
-        except psycopg.Error as error:
-            # Of no matter for publishing: a missing right, say.
-            logger.warning("housekeeping failed", extra={"error": str(error).strip()})
-            round_is_over = True
-        if round_is_over:
+        if self._ask(leader, next, self._house, None) is None:
             self._house, pause_seconds = housekeeping(leader.session), HOUSE_ROUND_SECONDS
         self._house_due = time.monotonic() + pause_seconds
 
@@ -207,10 +203,11 @@ class Relay:
                 return asked.result(ANSWER_SECONDS)
             except TimeoutError:
                 if asked.done():
-                    raise
+                    return asked.result()
                 self._on_tick()
                 if self._stopping and time.monotonic() > self._gives_up_at:
-                    leader.session.close()  # ends the wait in the other thread too
+                    _hang_up(leader.session)
+                    wait([asked], ANSWER_SECONDS)
                     raise _Abandoned("stopped while the database did not answer") from None
 
     def _answer(self, question: Callable[..., Answer], *arguments: Any) -> Answer:
@@ -244,3 +241,11 @@ class Relay:
             if remaining <= 0:
                 return
             time.sleep(min(remaining, 0.2))
+
+
+def _hang_up(session: psycopg.Connection[Any]) -> None:
+    """End the connection under a thread that waits for an answer: it sees the end, and no other socket's bytes."""
+    if session.closed:
+        return
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(session.pgconn.socket)) as line:
+        line.shutdown(socket.SHUT_RDWR)

@@ -46,7 +46,8 @@ class OutboxStatus:
     None: `oldest_pending_age_seconds` when nothing is pending; `leader`, `leader_host`, `leader_pid`, `leader_since`
     when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none.
     `undeliverable` counts the open ones. `lock_held_by` is the application name of whoever holds the leader's lock
-    without being a relay, e.g. replay_outbox; empty otherwise.
+    without being a relay, e.g. replay_outbox; empty otherwise. Where `cursor_is_of_this_cluster` is false, `pending`
+    says nothing.
     """
 
     leader: str | None
@@ -68,6 +69,7 @@ class OutboxStatus:
     dead_letters: dict[str, int]
     published: str
     window: str | None
+    cursor_is_of_this_cluster: bool
 
     def trouble(self, older_than_seconds: float) -> str | None:
         """Say in a sentence why events are not on their way as they should be; None when they are.
@@ -75,6 +77,8 @@ class OutboxStatus:
         That is when the oldest pending event is older than that, or anything is pending and no relay leads. What an
         open transaction holds back is not pending: nobody knows yet whether it will ever be an event.
         """
+        if not self.cursor_is_of_this_cluster:
+            return "the cursor is that of another database cluster: what is pending shows when a relay leads here"
         if self.oldest_pending_age_seconds is not None and self.oldest_pending_age_seconds > older_than_seconds:
             error = f" (the relay says: {self.last_error})" if self.last_error else ""
             age = f"{self.oldest_pending_age_seconds:.0f} s old, more than {older_than_seconds:.0f} s"
@@ -114,6 +118,7 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
         dead_letters=open_dead_letters(),
         published=str(cursor.published),
         window=str(cursor.window) if cursor.window else None,
+        cursor_is_of_this_cluster=cursor.is_of_this_cluster(),
     )
 
 

@@ -13,6 +13,7 @@ from events_outbox import NewEvent, emit_events, partitions, pruning
 from events_outbox.leader import open_session
 from events_outbox.models import OutboxEvent, ProcessedEvent, RelayCursor, UndeliverableEvent
 from events_outbox.relay import Relay
+from events_outbox.status import read_status
 from tests.events_outbox.conftest import eventually, in_thread
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
@@ -116,6 +117,42 @@ def test_it_goes_in_chunks_that_lock_nobody_out(monkeypatch):
     assert OutboxEvent.objects.count() == 1
 
 
+@pytest.mark.parametrize("strange", ["another cluster", "the future"])
+def test_a_cursor_that_says_nothing_here_lets_nothing_be_deleted(strange):
+    """After a restore, until a relay has led: its snapshot takes the transactions of this cluster for published."""
+    emit_many(3)
+    make_old(8)
+    make_foreign(strange)
+    assert prune("--older-than", "7d", "--dry-run") == "0 events would be deleted"
+    assert prune("--older-than", "7d") == "0 events deleted"
+    assert "another database cluster" in read_status().trouble(60)
+
+
+def make_foreign(strange):
+    with connection.cursor() as cursor:
+        if strange == "another cluster":
+            cursor.execute("UPDATE events_outbox_relaycursor SET published = pg_current_snapshot()")
+            cursor.execute("UPDATE events_outbox_relaycursor SET system_identifier = 42")
+        else:
+            cursor.execute("UPDATE events_outbox_relaycursor SET published = '900000000:900000000:'")
+
+
+def test_one_task_of_the_house_that_fails_keeps_no_other_from_its_turn(settings, monkeypatch, caplog):
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "PRUNE_AFTER_DAYS": 7, "PROCESSED_KEEP_DAYS": 30}
+    emit_many(1)
+    ProcessedEvent.objects.mark("analytics", list(OutboxEvent.objects.values_list("event_id", flat=True)))
+    make_old(31, table="events_outbox_processedevent")
+
+    def refuse(*_):
+        raise psycopg.errors.InsufficientPrivilege("must be owner of the table")
+
+    monkeypatch.setattr(pruning, "prune_events", refuse)
+    with open_session() as session:
+        list(pruning.housekeeping(session))
+    assert not ProcessedEvent.objects.exists()
+    assert "housekeeping failed" in caplog.messages
+
+
 def test_a_wrong_age_is_a_clear_error():
     with pytest.raises(CommandError, match="7x"):
         call_command("prune_outbox", "--older-than", "7x")
@@ -205,6 +242,21 @@ def test_a_partition_with_a_pending_new_or_undeliverable_event_stays(partitioned
     parked.save()
     assert prune("--older-than", "7d") == "1,000 events deleted"
     assert not UndeliverableEvent.objects.exists()
+
+
+def test_partitions_of_another_clusters_cursor_stay(partitioned):
+    emit_many(1200)
+    make_old(8)
+    make_foreign("another cluster")
+    assert prune("--older-than", "7d") == "0 events deleted"
+
+
+def test_a_default_partition_that_is_large_holds_writers_up_for_a_moment_only(partitioned, monkeypatch, caplog):
+    monkeypatch.setattr(partitions, "ATTACH_TIMEOUT_MS", 1)
+    emit_many(4500)
+    assert partitions.make_ahead(partitioned, ROWS) == 0
+    assert any("attach one in a quiet hour" in line for line in caplog.messages)
+    emit_many(1)
 
 
 def test_an_insert_never_fails_for_want_of_a_partition(partitioned):

@@ -54,6 +54,7 @@ def push_into_the_future():
         )
 
 
+@pytest.mark.apache_kafka  # of the embedded broker's topics the relay cannot tell what they hold: it publishes again
 @pytest.mark.parametrize("loss", [lose_cursor, push_into_the_future])
 def test_only_what_was_pending_is_published(emit, emit_number, topic_reader, loss):
     for number in range(50):
@@ -76,6 +77,7 @@ def test_only_what_was_pending_is_published(emit, emit_number, topic_reader, los
     assert UndeliverableEvent.objects.count() == 1
 
 
+@pytest.mark.apache_kafka
 def test_transaction_ids_of_another_cluster_do_not_matter(emit_number, topic_reader):
     """As after a restore without the cursor: ids that this cluster will not come to for long."""
     for number in range(20):

@@ -1,6 +1,7 @@
 """The relay: bytes, order, resume, outage, undeliverable events, failover, another database cluster."""
 
 import random
+import select
 import time
 from collections import defaultdict
 
@@ -12,8 +13,8 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.management import call_command
 from django.db import connection, transaction
 
-from events_outbox import emit_event
-from events_outbox.leader import APPLICATION_NAME, Leader, open_session
+from events_outbox import apps, emit_event
+from events_outbox.leader import APPLICATION_NAME, SESSION_LOST, Leader, open_session
 from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.publisher import Publisher
@@ -347,6 +348,37 @@ def test_a_frozen_leader_loses_the_lead(settings):
             assert time.monotonic() - started > 0.5
         with pytest.raises(psycopg.OperationalError):
             frozen.execute("SELECT 1")
+
+
+def test_a_session_that_the_server_ends_in_a_transaction_counts_as_lost():
+    """As for a relay that was frozen while it parked events: the driver calls it an internal error."""
+    with open_session() as session:
+        session.execute("SET idle_in_transaction_session_timeout = '100ms'")
+        with pytest.raises(SESSION_LOST), session.transaction():
+            session.execute("SELECT 1")
+            eventually(lambda: select.select([session.pgconn.socket], [], [], 0)[0])
+            session.execute("SELECT 1")
+
+
+def test_a_producer_that_has_delivered_all_is_not_stuck(kafka):
+    """However long ago it was that something had to be waited for."""
+    publisher = Publisher(lambda what_for: None)
+    publisher._stuck_at = 0.0
+    publisher._waiting()
+
+
+def test_a_database_of_other_apps_is_left_alone(settings):
+    class Router:
+        def allow_migrate(self, db, app_label, **hints):
+            return app_label != "events_outbox"
+
+    RelayCursor.objects.all().delete()
+    settings.DATABASE_ROUTERS = [Router()]
+    apps._make_cursor(using="default")
+    assert not RelayCursor.objects.exists()
+    settings.DATABASE_ROUTERS = []
+    apps._make_cursor(using="default")
+    assert RelayCursor.objects.exists()
 
 
 def test_another_cluster_is_noticed_and_the_cursor_carried_over(emit, topic_reader):

@@ -11,7 +11,7 @@ import pytest
 from django.core.management import CommandError, call_command
 from django.db import connection, transaction
 
-from events_outbox import emit_event
+from events_outbox import emit_event, leader
 from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.publisher import BEHIND
@@ -335,7 +335,9 @@ def too_large(settings):
     return emit_too_large
 
 
-def test_a_leading_relay_redrives_in_order(emit, too_large, topic_reader, settings):
+@pytest.mark.parametrize("page_bytes", [16_000_000, 1])
+def test_a_leading_relay_redrives_in_order(emit, too_large, topic_reader, settings, monkeypatch, page_bytes):
+    monkeypatch.setattr(leader, "PAGE_MAX_BYTES", page_bytes)
     too_large("c1", 0)
     for number in range(1, 4):
         emit("c1", number)

@@ -102,7 +102,10 @@ def clusters(kafka, tmp_path):
             cluster.server.stop()
 
 
-@pytest.mark.parametrize(("which_is_ahead", "with_cursor"), [("old", True), ("new", True), ("old", False)])
+@pytest.mark.parametrize(
+    ("which_is_ahead", "with_cursor"),
+    [("old", True), ("new", True), pytest.param("old", False, marks=pytest.mark.apache_kafka)],
+)
 def test_a_dump_restored_into_a_new_cluster(clusters, kafka, tmp_path, which_is_ahead, with_cursor):
     reader = TopicReader(kafka.bootstrap_servers)
     old = clusters("old")

@@ -285,6 +285,25 @@ def test_nothing_overtakes_the_first_record_of_a_new_producer_when_it_is_refused
     assert numbers_by_key(reader.read_rest()) == emitter.expected
 
 
+def test_nothing_overtakes_in_a_redrive_by_a_producer_that_has_sent_nothing_yet(
+    secure_kafka, topics, relay_user, reader, emitter, settings
+):
+    """It has seen the key go by, parked behind its first event; the broker has still nothing of it."""
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "KAFKA_PRODUCER": {"batch.num.messages": 1}}
+    secure_kafka.allow(relay_user, *topics.values())
+    secure_kafka.configure_topic(topics["conversation"], max_message_bytes="5000")
+    emitter.large("big")
+    publish()
+    with running_relay():
+        emitter.conversation("big", 5)
+        eventually(lambda: len(parked()["big"]) == 6)
+        redrive()
+        eventually(lambda: not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists())
+        assert parked() == {"big": ["MSG_SIZE_TOO_LARGE", *["behind"] * 5]}
+        assert_parked_in_order()
+    assert reader.read_rest() == []
+
+
 def test_a_topic_that_takes_no_record_at_all_parks_its_events_and_takes_them_later(
     secure_kafka, topics, relay_user, reader, emitter
 ):

@@ -49,7 +49,7 @@ def _lines(status: OutboxStatus) -> list[tuple[str, str]]:
         ("leader", _leader(status)),
         ("heartbeat", _ago(status.heartbeat_age_seconds)),
         ("standbys", str(status.standbys)),
-        ("pending", f"{status.pending:,}"),
+        ("pending", f"{status.pending:,}" if status.cursor_is_of_this_cluster else "not known until a relay leads"),
         ("oldest pending", _age(status.oldest_pending_age_seconds)),
         ("rate", f"{status.events_per_second:,.0f} events/s"),
         ("last error", status.last_error or "-"),

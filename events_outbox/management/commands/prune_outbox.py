@@ -1,8 +1,9 @@
 from typing import Any
 
-from django.core.management.base import BaseCommand, CommandParser
+from django.core.exceptions import ImproperlyConfigured
+from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from events_outbox.leader import open_session
+from events_outbox.leader import SESSION_LOST, open_session
 from events_outbox.management.arguments import age
 from events_outbox.pruning import count_prunable, prune_events
 
@@ -18,11 +19,14 @@ class Command(BaseCommand):
         parser.add_argument("--dry-run", action="store_true", help="only count them; reads the whole table")
 
     def handle(self, **options: Any) -> None:
-        with open_session() as session:
-            if options["dry_run"]:
-                self.stdout.write(f"{count_prunable(session, options['older_than']):,} events would be deleted")
-                return
-            count = 0
-            for deleted in prune_events(session, options["older_than"]):
-                count += deleted
+        count = 0
+        try:
+            with open_session("prune_outbox") as session:
+                if options["dry_run"]:
+                    self.stdout.write(f"{count_prunable(session, options['older_than']):,} events would be deleted")
+                    return
+                for deleted in prune_events(session, options["older_than"]):
+                    count += deleted
+        except (*SESSION_LOST, ImproperlyConfigured) as error:
+            raise CommandError(f"{count:,} events deleted, then: {str(error).strip()}") from error
         self.stdout.write(f"{count:,} events deleted")
