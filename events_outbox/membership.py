@@ -50,6 +50,8 @@ class Membership:
         self._done: dict[Partition, int] = {}
         self._uncommitted: set[Partition] = set()
         self._is_committing = False
+        # A partition that was taken away while it was paused is still paused when it comes back.
+        self._has_new = False
         self._held: list[Message] = []
         self._client: KafkaClient | None = None
         self._last_poll = self._last_lag = 0.0
@@ -82,6 +84,9 @@ class Membership:
         client = self._client
         if client is None:
             raise ClientBroken("not in the group")
+        if self._has_new:
+            client.resume(client.assignment())
+            self._has_new = False
         held, self._held = self._held, []
         messages = [m for m in held if self._owns(m)]
         if not messages:
@@ -119,6 +124,7 @@ class Membership:
 
     def _on_assign(self, _client: KafkaClient, partitions: list[TopicPartition]) -> None:
         self.owned |= {(p.topic, p.partition) for p in partitions}
+        self._has_new = True
         logger.info("partitions assigned", extra={"partitions": _names(partitions)})
 
     def _on_revoke(self, client: KafkaClient, partitions: list[TopicPartition]) -> None:

@@ -634,6 +634,36 @@ def test_a_partition_that_is_lost_and_comes_back_in_one_batch_is_not_skipped(mak
         eventually(lambda: counts() == dict.fromkeys(range(60), 1), 60)
 
 
+@pytest.mark.apache_kafka  # the embedded broker rebalances too slowly
+def test_partitions_that_went_during_a_wait_flow_again_when_they_come_back(make_consumer, emit, at_the_end):
+    """The client keeps them paused: as they were when they went."""
+    consumer = make_consumer(retry=RetryPolicy(max_retries=1, initial_delay_seconds=20))
+    counts = group_counter(consumer)
+    count, attempts = consumer._handlers.pop("conversation.created").function, []
+
+    @consumer.handles("conversation.created")
+    def fail_twice_then_count(event):
+        attempts.append(event)
+        if len(attempts) <= 2:  # in the batch, then alone: one long wait
+            raise ValueError("not yet")
+        count(event)
+
+    at_the_end(consumer)
+    emit("c1", 1000)
+    Relay().run(until_empty=True)
+    first, second = ConsumerProcess(consumer), ConsumerProcess(consumer)
+    with in_thread(first):
+        eventually(lambda: len(attempts) == 2, 30)
+        with in_thread(second):
+            eventually(lambda: second.group.owned, 30)
+            eventually(lambda: 1000 in counts(), 60)
+        eventually(lambda: len(first.group.owned) == 6, 30)
+        for number in range(60):
+            emit(f"c{number}", number)
+        Relay().run(until_empty=True)
+        eventually(lambda: set(range(60)) <= set(counts()))
+
+
 @pytest.mark.apache_kafka
 def test_a_broker_frozen_in_mid_batch_does_not_freeze_the_consumer(make_consumer, emit, at_the_end, kafka):
     consumer, ticks = make_consumer(), []
