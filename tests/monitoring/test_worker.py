@@ -96,15 +96,16 @@ def test_scrape_that_read_the_database_leaves_no_connection_open():
 
 
 WORK = """
-import django, logging, signal, sys, threading
+import django, logging, signal, sys, time
 django.setup()
 from monitoring.worker import Worker
-stopped = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+signals = []
+signal.signal(signal.SIGTERM, lambda *_: signals.append(_))
 with Worker("relay", int(sys.argv[1])) as worker:
     logging.getLogger("loop").info("working")
-    while not stopped.wait(0.05):
+    while not signals:
         worker.tick()
+        time.sleep(0.05)
 """
 
 
