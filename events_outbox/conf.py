@@ -28,6 +28,11 @@ class OutboxSettings:
     """Events a batch of the relay, 1 to 10,000; the specification recommends 100 to 1,000."""
     CONSUMER_BATCH_SIZE: int = 500
     """Events a batch (one transaction) of a consumer, 1 to 10,000."""
+    BATCH_TIMEOUT_SECONDS: int = 900
+    """Longest time a consumer's batch may take. After it /livez fails and the member leaves the group, so that another
+    gets its partitions; a database session that stands still in a transaction for so long is ended."""
+    MAX_REPLAYS: int = 10
+    """How often a dead letter may be replayed in vain before a replay has to be forced."""
     MAX_EVENT_BYTES: int = 900_000
     """Largest serialised event in bytes; stays below the broker's `message.max.bytes` (1 MB) with its headers."""
     DEFAULT_TOPIC: str = "default.events"
@@ -70,6 +75,8 @@ class OutboxSettings:
                     "a relay that pauses longer loses its database session"
                 )
         for name, least in (
+            ("BATCH_TIMEOUT_SECONDS", 1),
+            ("MAX_REPLAYS", 1),
             ("TOPIC_RETENTION_DAYS", 1),
             ("PRUNE_AFTER_DAYS", 1),
             ("PROCESSED_KEEP_DAYS", 1),

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from django.db import connection, models
 from django.db.models import F, Func, Q, Value
-from django.db.models.functions import Now
+from django.db.models.functions import MD5, Now
 
 from .fields import PgSnapshot, PgSnapshotField, Xid8Field, nothing_seen
 
@@ -235,10 +235,16 @@ class DeadLetter(models.Model):
     reason = models.CharField(max_length=20, choices=Reason.choices)
     error = models.TextField()
     traceback = models.TextField(blank=True)
-    attempts = models.PositiveIntegerField(default=1)
+    attempts = models.PositiveIntegerField(default=1, help_text="How often the handler has run on it in all.")
+    replays = models.PositiveIntegerField(default=0, help_text="How often it was replayed in vain.")
+    history = models.JSONField(
+        default=list, help_text="Earlier failures, oldest first: at, by, reason, attempts, error, traceback."
+    )
     created_at = models.DateTimeField(db_default=Now())
     resolution = models.CharField(max_length=10, choices=Resolution.choices, default="", blank=True)
     resolved_at = models.DateTimeField(null=True, blank=True)
+    resolved_by = models.CharField(max_length=150, default="", blank=True)
+    resolution_reason = models.TextField(default="", blank=True)
 
     objects: ClassVar[Any] = DeadLetterQuerySet.as_manager()
 
@@ -246,8 +252,10 @@ class DeadLetter(models.Model):
         verbose_name = "dead letter"
         ordering = ["-id"]
         constraints = [models.UniqueConstraint(fields=["consumer", "event_id"], name="dead_letter_once")]
-        # Not by key: a key can be longer than an index entry may be.
-        indexes = [models.Index(fields=["consumer", "topic"], condition=Q(resolution=""), name="open_dead_letters")]
+        # By the key's hash: a key can be longer than an index entry may be.
+        indexes = [
+            models.Index("consumer", "topic", MD5("key"), "id", condition=Q(resolution=""), name="open_dead_letters")
+        ]
 
     def __str__(self) -> str:
         return f"{self.consumer} {self.event_id} {self.reason}"
@@ -255,3 +263,39 @@ class DeadLetter(models.Model):
     def text_headers(self) -> list[tuple[str, str]]:
         """The record's headers, readable: bytes that are no text are escaped."""
         return [(name, b64decode(value).decode(errors="backslashreplace")) for name, value in self.headers]
+
+
+class ConsumerPause(models.Model):
+    """While its row is there, all members of the consumer stay in the group and handle nothing."""
+
+    consumer = models.CharField(max_length=100, primary_key=True)
+    paused_at = models.DateTimeField(db_default=Now())
+    paused_by = models.CharField(max_length=150, help_text='The operator, or "failure guard".')
+    reason = models.TextField()
+
+    class Meta:
+        verbose_name = "consumer pause"
+        ordering = ["consumer"]
+
+    def __str__(self) -> str:
+        return f"{self.consumer} is paused"
+
+
+class OperatorAction(models.Model):
+    """The audit trail: what an operator, or a guard, did to consumers and dead letters. Rows are never changed."""
+
+    at = models.DateTimeField(db_default=Now())
+    by = models.CharField(max_length=150, help_text="User of the admin, user@host of a command, or the guard.")
+    action = models.CharField(max_length=64, help_text="E.g. dead_letter.replayed, consumer.paused, offsets.reset.")
+    consumer = models.CharField(max_length=100)
+    subject = models.CharField(max_length=255, help_text="What it was done to, e.g. the id of a dead letter.")
+    reason = models.TextField(default="", blank=True)
+    detail = models.JSONField(default=dict, blank=True)
+
+    class Meta:
+        verbose_name = "operator action"
+        ordering = ["-id"]
+        indexes = [models.Index(fields=["consumer", "-id"], name="operator_action_consumer")]
+
+    def __str__(self) -> str:
+        return f"{self.action} {self.subject} by {self.by}"

@@ -1,7 +1,4 @@
 import json
-import os
-import pwd
-import socket
 from typing import Any
 from uuid import UUID
 
@@ -10,6 +7,7 @@ from django.utils import timezone
 
 from events_outbox.management.arguments import positive
 from events_outbox.models import UndeliverableEvent, UndeliverableEventQuerySet
+from events_outbox.operators import system_operator
 from events_outbox.undeliverable import ActionRefused, discard, redrive, with_ids
 
 LIST_LIMIT = 100
@@ -66,7 +64,7 @@ class Command(BaseCommand):
         if bool(options["ids"]) + any(filters.values()) + options["all"] != 1:
             raise CommandError("say what to redrive: ids, filters, or --all")
         chosen = with_ids(_ids(options["ids"])) if options["ids"] else _filtered(_open(), options)
-        redriven = redrive(chosen, by=_operator(), dry_run=options["dry_run"])
+        redriven = redrive(chosen, by=system_operator(), dry_run=options["dry_run"])
         would = "would be redriven" if options["dry_run"] else "to be redriven: a relay publishes them within seconds"
         self.stdout.write(f"{redriven.events} events of {redriven.keys} keys {would}")
 
@@ -75,7 +73,7 @@ class Command(BaseCommand):
             raise CommandError("say what to discard: ids, or --all")
         ids = _ids(options["ids"]) if options["ids"] else list(_open().values_list("pk", flat=True))
         dry_run = options["dry_run"]
-        discarded = discard(ids, reason=options["reason"], by=_operator(), dry_run=dry_run)
+        discarded = discard(ids, reason=options["reason"], by=system_operator(), dry_run=dry_run)
         freed = discarded.redriven
         self.stdout.write(f"{discarded.events} events {'would be ' if dry_run else ''}discarded")
         if freed.events:
@@ -117,15 +115,6 @@ def _ids(texts: list[str]) -> list[int]:
             raise ActionRefused(f"event {event_id} is not undeliverable")
         ids.append(parked.pk)
     return ids
-
-
-def _operator() -> str:
-    """Who runs the command: the user of the system, not what the environment says."""
-    try:
-        name = pwd.getpwuid(os.getuid()).pw_name
-    except KeyError:
-        name = f"uid {os.getuid()}"
-    return f"{name}@{socket.gethostname()}"
 
 
 def _state(parked: UndeliverableEvent) -> str:
