@@ -70,6 +70,7 @@ class ConsumerProcess:
         self._batch_size = batch_size or outbox_settings().CONSUMER_BATCH_SIZE
         self._guard = Guard(consumer.guard)
         self._session: Any = None
+        self._is_redelivered = False  # most of the last batch was: look for marks before trying to insert them
         self._looked_at_pause = self._released = float("-inf")
         self._start_counters()
 
@@ -351,7 +352,12 @@ class ConsumerProcess:
 
     def _mark_processed(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Insert the processed marks; return the deliveries that had none, each event once, in order."""
-        new = ProcessedEvent.objects.mark(self.consumer.name, [delivery.event_id for delivery in deliveries])
+        event_ids = [delivery.event_id for delivery in deliveries]
+        if self._is_redelivered:
+            known = ProcessedEvent.objects.marked(self.consumer.name, event_ids)
+            event_ids = [event_id for event_id in event_ids if event_id not in known]
+        new = ProcessedEvent.objects.mark(self.consumer.name, event_ids) if event_ids else set()
+        self._is_redelivered = len(new) < len(deliveries) / 2
         fresh = []
         for delivery in deliveries:
             if delivery.event_id in new:

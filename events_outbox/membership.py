@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 from monitoring import metrics
@@ -27,7 +28,7 @@ from .kafka import (
     make_consumer,
     starting_offsets,
 )
-from .records import Record
+from .records import Headers, Record
 
 logger = logging.getLogger(__name__)
 
@@ -374,11 +375,14 @@ def _names(partitions: Sequence[TopicPartition]) -> list[str]:
 _headers_of = operator.methodcaller("headers")
 
 
-def _record(message: Message) -> Record:
+def _headers(message: Message) -> Headers:
     try:
-        headers = cast("list[tuple[str, bytes | None]]", _headers_of(message) or [])
+        return cast(Headers, _headers_of(message) or ())
     except (SystemError, UnicodeDecodeError):
-        headers = []  # a name that is not UTF-8: the client cannot show them, but key and value are there
+        return ()  # a name that is not UTF-8: the client cannot show them, but key and value are there
+
+
+def _record(message: Message) -> Record:
     # A consumed message has a place; only its type allows for one that has none.
     return Record(
         message.topic() or "",
@@ -386,6 +390,6 @@ def _record(message: Message) -> Record:
         cast(int, message.offset()),
         message.key(),
         message.value(),
-        headers,
+        partial(_headers, message),
         message.timestamp()[1],
     )

@@ -175,9 +175,24 @@ class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
             cursor.execute(
                 """INSERT INTO events_outbox_processedevent (consumer, event_id)
                    SELECT %s, unnest(%s::uuid[]) ON CONFLICT DO NOTHING RETURNING event_id::text""",
-                [consumer, f"{{{','.join(event_ids)}}}"],  # as one text: many parameters take longer to adapt
+                [consumer, _array(event_ids)],
             )
             return {row[0] for row in cursor.fetchall()}
+
+    def marked(self, consumer: str, event_ids: Sequence[str]) -> set[str]:
+        """Return those of the ids that have a mark: for many duplicates cheaper than trying to insert them."""
+        with connection.cursor() as cursor:
+            cursor.execute(
+                """SELECT event_id::text FROM events_outbox_processedevent
+                    WHERE consumer = %s AND event_id = ANY(%s::uuid[])""",
+                [consumer, _array(event_ids)],
+            )
+            return {row[0] for row in cursor.fetchall()}
+
+
+def _array(event_ids: Sequence[str]) -> str:
+    """The ids as the text of one array: as a list it would take several times longer to pass them."""
+    return f"{{{','.join(event_ids)}}}"
 
 
 class ProcessedEvent(models.Model):

@@ -3,10 +3,9 @@
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC
-from typing import NamedTuple
 
 from google.protobuf.message import DecodeError, Message
 
@@ -15,6 +14,8 @@ from .exceptions import UnknownEventType
 from .handlers import Event, Route
 from .models import DeadLetter
 from .proto.base_event_pb2 import BaseEvent
+
+Headers = Sequence[tuple[str, bytes | None]]
 
 CONTENT_TYPE = f"application/x-protobuf; messageType={BaseEvent.DESCRIPTOR.full_name}"
 _CONTENT_TYPE_BYTES = CONTENT_TYPE.encode()
@@ -66,16 +67,41 @@ class UnreadableRecord(Exception):
         self.reason = reason
 
 
-class Record(NamedTuple):
-    """A consumed record, whole: what a dead letter keeps."""
+class Record:
+    """A consumed record, whole: what a dead letter keeps.
 
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
-    headers: Sequence[tuple[str, bytes | None]] = ()
-    timestamp_ms: int = -1
+    `headers`: pairs of name and value, or a function that returns them, called when somebody asks: for most records
+    nobody does, and to take them out of the client is what costs most.
+    """
+
+    __slots__ = ("_headers", "key", "offset", "partition", "timestamp_ms", "topic", "value")
+
+    def __init__(
+        self,
+        topic: str,
+        partition: int,
+        offset: int,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers | Callable[[], Headers] = (),
+        timestamp_ms: int = -1,
+    ) -> None:
+        self.topic = topic
+        self.partition = partition
+        self.offset = offset
+        self.key = key
+        self.value = value
+        self._headers = headers
+        self.timestamp_ms = timestamp_ms
+
+    def __repr__(self) -> str:
+        return f"Record({self.topic}/{self.partition}/{self.offset})"
+
+    @property
+    def headers(self) -> Headers:
+        if callable(self._headers):
+            self._headers = self._headers()
+        return self._headers
 
     def placeholder_id(self) -> uuid.UUID:
         """An id for a record that has no readable event id: the same record always gives the same one."""
