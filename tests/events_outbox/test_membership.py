@@ -40,7 +40,7 @@ def test_a_poisoned_topic_does_not_stop_the_consumer(make_consumer, emit, at_the
     consumer = make_consumer()
     counts = group_counter(consumer)
     at_the_end(consumer)
-    unknown = BaseEvent(event_id=str(uuid.uuid4()), event_type="weather.changed", event_version="v1")
+    unknown = BaseEvent(event_id=str(uuid.uuid4()), event_type="conversation.created", event_version="v99")
     other_payload = BaseEvent(event_id=str(uuid.uuid4()), event_type="conversation.created", event_version="v1")
     other_payload.payload.Pack(UserRegisteredPayload(user_id="u"))
     poison = {
