@@ -10,6 +10,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from django.db import OperationalError, connection, transaction
@@ -61,7 +62,7 @@ class ConsumerProcess:
         for counter in (metrics.CONSUMER_DUPLICATES, metrics.CONSUMER_SKIPPED, metrics.CONSUMER_RETRIES):
             counter.labels(name)
         for entry in event_types():
-            if self.consumer.handler_for(entry.name):
+            if self.consumer.route(entry.name, entry.version):
                 metrics.CONSUMER_HANDLED.labels(name, entry.name)
         for reason in DeadLetter.Reason:
             metrics.CONSUMER_DEAD_LETTERED.labels(name, reason.value)
@@ -121,21 +122,21 @@ class ConsumerProcess:
             base = record.envelope()
         except UnreadableRecord as error:
             return Delivery(record, record.placeholder_id(), unreadable=error)
-        handler = self.consumer.handler_for(base.event_type)
+        route = self.consumer.route(base.event_type, base.event_version)
         try:
             event = record.event(base)
         except UnreadableRecord as error:
-            if handler is None and error.reason == DeadLetter.Reason.PAYLOAD_MISMATCH:
+            if route is None and error.reason == DeadLetter.Reason.PAYLOAD_MISMATCH:
                 return None
             event_id = uuid.UUID(base.event_id)
             return Delivery(record, event_id, unreadable=error, event_type=base.event_type, tenant_id=base.tenant_id)
-        if handler is None:
+        if route is None:
             return None
         return Delivery(
             record,
             event.event_id,
             event=event,
-            handler=handler,
+            handler=route.handler,
             event_type=event.event_type,
             tenant_id=event.tenant_id,
         )
@@ -217,7 +218,8 @@ class ConsumerProcess:
             fresh[:] = self._mark_processed(deliveries)
             parked = dead_letters.parked_keys(self.consumer, fresh)
             handled = []
-            for delivery in fresh:
+            for new in fresh:
+                delivery = self._upcast(new)
                 if delivery.unreadable is not None:
                     reason, text = delivery.unreadable.reason, str(delivery.unreadable)
                 elif (delivery.record.topic, delivery.record.key) in parked:
@@ -239,6 +241,20 @@ class ConsumerProcess:
                 metrics.CONSUMER_HANDLED.labels(self.consumer.name, delivery.event_type).inc()
         if duplicates := len(deliveries) - len(fresh):
             metrics.CONSUMER_DUPLICATES.labels(self.consumer.name).inc(duplicates)
+
+    def _upcast(self, delivery: Delivery) -> Delivery:
+        """In the handler's transaction, since an upcaster that raises is treated as a handler that does."""
+        event = delivery.event
+        if event is None:
+            return delivery
+        route = self.consumer.route(event.event_type, event.event_version)
+        if route is None or route.version == event.event_version:
+            return delivery
+        try:
+            upcast = delivery.record.event(delivery.record.envelope(), route.version)
+        except UnreadableRecord as error:
+            return replace(delivery, event=None, unreadable=error)
+        return replace(delivery, event=upcast)
 
     def _in_transaction(self, work: Callable[[], None]) -> None:
         """Run `work` in one transaction; wait for a database that is away, repeat what was merely disturbed.

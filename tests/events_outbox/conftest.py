@@ -1,5 +1,6 @@
 """Fixtures of the event tests: a reader of the topics, and relays and consumers that run in threads."""
 
+import random
 import threading
 import time
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from django.db import connection, transaction
 
-from events_outbox import emit_event
+from events_outbox import Consumer, RetryPolicy, catalog, emit_event, handlers
 from tests.outbox_writers import aggregates_table
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
@@ -28,6 +29,28 @@ def emit():
             )
 
     return emit
+
+
+@pytest.fixture
+def make_consumer():
+    """Make consumers of their own group, unregistered afterwards."""
+    made = []
+
+    def make(**options):
+        name = f"test-{random.randrange(10**9)}"
+        made.append(name)
+        return Consumer(name, group_id=name, **{"retry": RetryPolicy(initial_delay_seconds=0.001), **options})
+
+    yield make
+    for name in made:
+        handlers._consumers.pop(name)
+
+
+@pytest.fixture
+def own_catalog(monkeypatch):
+    """A copy of the catalog: what the test registers is forgotten afterwards."""
+    monkeypatch.setattr(catalog, "_catalog", dict(catalog._catalog))
+    monkeypatch.setattr(catalog, "_upcasters", dict(catalog._upcasters))
 
 
 @pytest.fixture

@@ -253,7 +253,7 @@ def test_the_most_specific_handler_runs(make_consumer):
         ("conversation.created", "conversation.*"),
         ("conversational.created", "*"),
     ]:
-        assert consumer.handler_for(event_type).function is functions[pattern]
+        assert consumer.route(event_type, "v1").handler.function is functions[pattern]
 
 
 def test_topics_come_from_the_handlers(make_consumer):
