@@ -217,7 +217,10 @@ def make_event(
 
 
 def make_record(event: Event[Any]) -> Record:
-    """Return the record that the relay would publish of this event. Raises what `emit_event()` raises."""
+    """Return the record that the relay would publish of this event (timestamps of events are in microseconds).
+
+    Raises what `emit_event()` raises.
+    """
     names = ("event_type", "payload", "aggregate_id", "tenant_id", "user_id", "event_version", "metadata")
     more = ("correlation_id", "causation_id", "event_id", "timestamp")
     new = NewEvent(**{name: getattr(event, name) for name in (*names, *more)})
