@@ -9,8 +9,8 @@ from datetime import UTC
 
 from google.protobuf.message import DecodeError, Message
 
-from .catalog import event_type_for
-from .exceptions import UnknownEventType
+from .catalog import event_type_for, upcast
+from .exceptions import PayloadMismatch, UnknownEventType
 from .handlers import Event, Route
 from .models import DeadLetter
 from .proto.base_event_pb2 import BaseEvent
@@ -127,10 +127,10 @@ class Record:
         return base
 
     def event(self, base: BaseEvent, version: str | None = None) -> Event:
-        """The event with its typed payload.
+        """The event with its typed payload, upcast to `version`; None leaves it as it was emitted.
 
-        Raises UnreadableRecord when the catalog has no such type (unknown_type), or when the payload is another
-        message or damaged (payload_mismatch).
+        Raises UnreadableRecord when the catalog has no such type (unknown_type), or when the payload, or what an
+        upcaster made of it, is another message or damaged (payload_mismatch); and what an upcaster raises.
         """
         try:
             entry = event_type_for(base.event_type, base.event_version)
@@ -140,15 +140,20 @@ class Record:
             timestamp = base.timestamp.ToDatetime(tzinfo=UTC)
         except (ValueError, OverflowError) as error:
             raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {error}") from None
+        payload = _payload(base, entry.payload)
+        if version is None or version == base.event_version:
+            version = base.event_version
+        else:
+            payload = _upcast(base, payload, version)
         return Event(
             event_id=uuid.UUID(base.event_id),
             event_type=base.event_type,
-            event_version=base.event_version,
+            event_version=version,
             aggregate_id=base.aggregate_id,
             tenant_id=base.tenant_id,
             user_id=base.user_id,
             timestamp=timestamp,
-            payload=_payload(base, entry.payload),
+            payload=payload,
             metadata=dict(base.metadata),
             correlation_id=base.correlation_id,
             causation_id=base.causation_id,
@@ -171,6 +176,13 @@ def _payload(base: BaseEvent, expected: type[Message]) -> Message:
         return expected.FromString(base.payload.value)
     except DecodeError as error:
         raise UnreadableRecord(DeadLetter.Reason.PAYLOAD_MISMATCH, f"damaged {name}: {error}") from None
+
+
+def _upcast(base: BaseEvent, payload: Message, version: str) -> Message:
+    try:
+        return upcast(base.event_type, base.event_version, payload, to=version)
+    except PayloadMismatch as error:
+        raise UnreadableRecord(DeadLetter.Reason.PAYLOAD_MISMATCH, str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from events_outbox import RetryPolicy, pauses
 from events_outbox.consumer import ConsumerProcess
-from events_outbox.handlers import FailureGuard
 from events_outbox.models import DeadLetter, OperatorAction, ProcessedEvent, RelayCursor
+from events_outbox.policies import FailureGuard
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.relay import Relay
 from tests.events_outbox.conftest import counted, eventually, group_counter, in_thread
