@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -34,10 +34,11 @@ from .proto.base_event_pb2 import BaseEvent
 TraceFields = tuple[str, str, str]
 """traceparent, tracestate, baggage."""
 Columns = tuple[uuid.UUID, str, str, str, str, str, str, str, str, str, bytes]
-"""The values of _COLUMNS."""
+"""The values of COLUMNS."""
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ID_MAX_CHARS = 255
-_COLUMNS = (
+COLUMNS = (
     "event_id",
     "event_type",
     "event_version",
@@ -50,15 +51,15 @@ _COLUMNS = (
     "baggage",
     "value",
 )
-_FIELDS = ("id", "transaction_id", *_COLUMNS[:-1], "created_at", "value")
-_TARGET = f"events_outbox_outboxevent ({', '.join(_COLUMNS)})"
+_FIELDS = ("id", "transaction_id", *COLUMNS[:-1], "created_at", "value")
+_TARGET = f"events_outbox_outboxevent ({', '.join(COLUMNS)})"
 _INSERT_SQL = (
-    f"INSERT INTO {_TARGET} VALUES ({', '.join(['%s'] * len(_COLUMNS))}) RETURNING id, transaction_id::text, created_at"
+    f"INSERT INTO {_TARGET} VALUES ({', '.join(['%s'] * len(COLUMNS))}) RETURNING id, transaction_id::text, created_at"
 )
 _COPY_SQL = f"COPY {_TARGET} FROM STDIN (FORMAT binary)"
 _LENGTH = struct.Struct(">i").pack
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
-_COPY_ROW = struct.pack(">hi", len(_COLUMNS), 16)  # the first field, a UUID, has 16 bytes
+_COPY_ROW = struct.pack(">hi", len(COLUMNS), 16)  # the first field, a UUID, has 16 bytes
 _COPY_TRAILER = struct.pack(">h", -1)
 
 
@@ -120,7 +121,7 @@ def emit_event(
         timestamp=timestamp,
     )
     _require_transaction()
-    columns = _columns(event, _trace_fields())
+    columns = columns_of(event, _trace_fields())
     with connection.cursor() as cursor:
         cursor.execute(_INSERT_SQL, columns)
         outbox_id, transaction_id, created_at = cursor.fetchone()
@@ -136,7 +137,7 @@ def emit_events(events: Iterable[NewEvent]) -> list[uuid.UUID]:
     """
     _require_transaction()
     trace_fields = _trace_fields()
-    rows = [_columns(event, trace_fields) for event in events]
+    rows = [columns_of(event, trace_fields) for event in events]
     if rows:
         _copy(rows)
     return [row[0] for row in rows]
@@ -180,15 +181,18 @@ def _copy_row(columns: Columns) -> bytes:
 
 def _trace_fields() -> TraceFields:
     carrier: dict[str, str] = {}
+    cause = current_event.get()
+    # A handler of which no span is made is part of the event's trace all the same.
+    parent = propagate.extract(cause.headers) if cause and trace.get_current_span() is trace.INVALID_SPAN else None
     try:
-        propagate.inject(carrier)
+        propagate.inject(carrier, context=parent)
     except UnicodeEncodeError:
         raise InvalidEventField("the trace's baggage contains an unpaired surrogate, which is no valid text") from None
     return carrier.get("traceparent", ""), carrier.get("tracestate", "")[:512], carrier.get("baggage", "")
 
 
-def _columns(event: NewEvent, trace_fields: TraceFields) -> Columns:
-    """Validate against the catalog, build the BaseEvent and serialise it, once."""
+def columns_of(event: NewEvent, trace_fields: TraceFields) -> Columns:
+    """The event's row: validated against the catalog, its BaseEvent built and serialised, once."""
     entry = event_type_for(event.event_type, event.event_version)
     if not isinstance(event.payload, entry.payload):
         raise PayloadMismatch(
@@ -216,18 +220,24 @@ def _columns(event: NewEvent, trace_fields: TraceFields) -> Columns:
         correlation_id=correlation_id,
         causation_id=_text("causation_id", event.causation_id or (str(cause.event_id) if cause else "")),
     )
-    for name, text in event.metadata.items():
-        base.metadata[_text("metadata key", name, max_chars=None)] = _text(f"metadata[{name!r}]", text, max_chars=None)
+    if event.metadata:
+        metadata = base.metadata
+        for name, text in event.metadata.items():
+            key = _text("metadata key", name, max_chars=None)
+            metadata[key] = _text(f"metadata[{name!r}]", text, max_chars=None)
+    timestamp = base.timestamp
     if event.timestamp is None:
-        base.timestamp.seconds, base.timestamp.nanos = divmod(time.time_ns(), 1_000_000_000)
+        timestamp.seconds, timestamp.nanos = divmod(time.time_ns(), 1_000_000_000)
     elif event.timestamp.tzinfo is None:
         raise InvalidEventField("timestamp needs a time zone, e.g. django.utils.timezone.now()")
     else:
-        base.timestamp.FromDatetime(event.timestamp)
+        since = event.timestamp - _EPOCH  # as Timestamp.FromDatetime() does it, in a fifth of the time
+        timestamp.seconds, timestamp.nanos = since.days * 86_400 + since.seconds, since.microseconds * 1000
 
     # Deterministic: the same event always gives the same bytes (map entries have no order of their own).
-    base.payload.type_url = f"type.googleapis.com/{entry.payload.DESCRIPTOR.full_name}"
-    base.payload.value = event.payload.SerializeToString(deterministic=True)
+    payload = base.payload
+    payload.type_url = entry.type_url
+    payload.value = event.payload.SerializeToString(deterministic=True)
     value = base.SerializeToString(deterministic=True)
     limit = outbox_settings().MAX_EVENT_BYTES
     if len(value) > limit:
@@ -259,6 +269,8 @@ def _default_correlation_id(event_id: str) -> str:
 
 
 def _text(name: str, given: Any, *, required: bool = False, max_chars: int | None = _ID_MAX_CHARS) -> str:
+    if type(given) is str and given.isascii() and 0 < len(given) <= (max_chars or len(given)) and "\x00" not in given:
+        return given  # nearly always
     if isinstance(given, uuid.UUID):
         return str(given)
     if not isinstance(given, str):
@@ -269,8 +281,6 @@ def _text(name: str, given: Any, *, required: bool = False, max_chars: int | Non
         raise InvalidEventField(f"{name} has {len(given)} characters; at most {max_chars} are allowed")
     if "\x00" in given:
         raise InvalidEventField(f"{name} contains a NUL character, which PostgreSQL text cannot hold")
-    if given.isascii():
-        return given
     try:
         given.encode()
     except UnicodeEncodeError:
