@@ -4,7 +4,7 @@ import hashlib
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.message import DecodeError, Message
 
@@ -28,6 +28,7 @@ HEADER_FIELDS = (
 )
 """Columns of the outbox that become headers of the same name."""
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NO_EVENT = uuid.UUID("5b6a1a04-3f0c-5d52-9d7e-0d1c7f2a9d11")
 
 
@@ -104,10 +105,6 @@ class Record:
             entry = event_type_for(base.event_type, base.event_version)
         except UnknownEventType as error:
             raise UnreadableRecord(DeadLetter.Reason.UNKNOWN_TYPE, str(error)) from None
-        try:
-            timestamp = base.timestamp.ToDatetime(tzinfo=UTC)
-        except (ValueError, OverflowError) as error:
-            raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {error}") from None
         payload = _payload(base, entry.payload)
         if version is None or version == base.event_version:
             version = base.event_version
@@ -120,9 +117,9 @@ class Record:
             aggregate_id=base.aggregate_id,
             tenant_id=base.tenant_id,
             user_id=base.user_id,
-            timestamp=timestamp,
+            timestamp=_timestamp(base),
             payload=payload,
-            metadata=dict(base.metadata),
+            metadata=dict(base.metadata) if base.metadata else {},
             correlation_id=base.correlation_id,
             causation_id=base.causation_id,
             headers=self.text_headers(),
@@ -130,6 +127,18 @@ class Record:
             partition=self.partition,
             offset=self.offset,
         )
+
+
+def _timestamp(base: BaseEvent) -> datetime:
+    """In UTC, to the microsecond. Message.ToDatetime() takes twice as long."""
+    given = base.timestamp
+    seconds, nanos = given.seconds, given.nanos
+    try:
+        if 0 <= nanos < 1_000_000_000:
+            return _EPOCH + timedelta(0, seconds, nanos // 1000)
+    except OverflowError:
+        pass
+    raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {seconds} s, {nanos} ns")
 
 
 def _payload(base: BaseEvent, expected: type[Message]) -> Message:
