@@ -44,8 +44,12 @@ _PRUNE_MARKS_SQL = """
     WITH page AS MATERIALIZED (
              SELECT id, processed_at FROM events_outbox_processedevent
               WHERE id > %(after_id)s ORDER BY id LIMIT %(rows)s),
-         gone AS (DELETE FROM events_outbox_processedevent
-                   WHERE id IN (SELECT id FROM page WHERE processed_at < %(cutoff)s) RETURNING id)
+         gone AS (DELETE FROM events_outbox_processedevent p
+                   WHERE id IN (SELECT id FROM page WHERE processed_at < %(cutoff)s)
+                     -- An event that is handled when it comes again would be handled once more by a replay.
+                     AND NOT EXISTS (SELECT FROM events_outbox_deadletter d
+                                      WHERE d.consumer = p.consumer AND d.event_id = p.event_id AND d.resolution = '')
+                  RETURNING id)
     SELECT (SELECT max(id) FROM page), (SELECT min(processed_at) < %(cutoff)s FROM page), (SELECT count(*) FROM gone)
 """
 
