@@ -8,6 +8,7 @@ import pytest
 from django.db import connection, transaction
 
 from events_outbox import emit_event
+from tests.consumer_groups import ConsumerGroup
 from tests.outbox_writers import aggregates_table
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
@@ -34,6 +35,14 @@ def emit():
 def aggregates():
     with aggregates_table():
         yield
+
+
+@pytest.fixture
+def group(kafka):
+    """A consumer that nobody runs, its group and its topic: see `tests.consumer_groups`. Needs Apache Kafka."""
+    group = ConsumerGroup(kafka.bootstrap_servers)
+    yield group
+    group.close()
 
 
 @contextmanager
