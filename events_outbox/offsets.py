@@ -113,8 +113,9 @@ class GroupReader:
 
     def _hear(self) -> None:
         """Take in what the client has to say; nobody else does, and it would pile up."""
-        while self._client.poll(0) is not None:
-            pass
+        while (message := self._client.poll(0)) is not None:
+            if (error := message.error()) is not None:
+                self._told.append(error)
 
     def _read(self, deadline: float) -> list[PartitionOffsets]:
         places = self._places(deadline)

@@ -102,9 +102,13 @@ def test_the_first_record_is_read_once_while_the_group_stands_still(group):
     reader = offsets.GroupReader(group.consumer)
     try:
         assert reader.read(10)[0].lag_seconds >= 50
-        known = dict(reader._first_records)
-        reader._client.assign = None  # to read is an error now
-        assert reader.read(10)[0].lag_seconds >= 50 and reader._first_records == known
+        reader._first_records[group.topic, 0] = (0, time.time() - 999)
+        assert reader.read(10)[0].lag_seconds >= 999
+        group.commit(0, None)
+        assert reader.read(10)[0].lag_seconds >= 999
+        group.drop_before(0, 1)
+        group.write(0, 1, age_seconds=20)
+        assert 20 <= reader.read(10)[0].lag_seconds < 50
     finally:
         reader.close()
 
@@ -129,8 +133,9 @@ def test_where_a_reset_leads_to(group, capsys, arguments, expected):
     group.write(1, 3, age_seconds=3600)
     group.commit(8, None)
     before = group.committed()
-    told = run(capsys, group.name, "reset", *arguments, "--dry-run")
-    assert f"{group.topic}  0          8      ->  {expected[0]}" in told and "would begin elsewhere" in told
+    told = run(capsys, group.name, "reset", *arguments, "--dry-run").splitlines()
+    assert told[1].split() == [group.topic, "0", "8", "->", str(expected[0])]
+    assert told[-1].endswith("would begin elsewhere")
     assert group.committed() == before and not OperatorAction.objects.exists()
     run(capsys, group.name, "reset", *arguments, "--reason", "a bad deploy")
     assert group.committed() == expected
@@ -303,7 +308,7 @@ def test_permissions_it_takes_to_look(settings, secure_kafka):
             read_offsets(consumer)
         secure_kafka.allow(user, topic, operations=(AclOperation.READ,))
         with pytest.raises(OffsetsNotKnown, match="authoriz"):
-            read_offsets(consumer, 2)
+            read_offsets(consumer, 1)
         with pytest.raises(OffsetsNotKnown, match="authoriz"):
             read_group(consumer)
         secure_kafka.allow(user, user, operations=(AclOperation.DESCRIBE,), kind=ResourceType.GROUP)

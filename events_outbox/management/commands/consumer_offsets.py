@@ -114,8 +114,10 @@ class Command(BaseCommand):
 
 def _target(text: str) -> tuple[Target, str]:
     """Parse where to, and keep the words for the audit trail."""
-    if text == "earliest" or text == "latest":
-        return text, text
+    if text == "earliest":
+        return "earliest", text
+    if text == "latest":
+        return "latest", text
     if text.isdecimal():
         return int(text), text
     try:
