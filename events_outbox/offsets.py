@@ -28,8 +28,6 @@ from .kafka import (
 )
 from .operators import note_action
 
-ANSWER_SECONDS = 5.0
-"""How long an operator waits for a broker that is away."""
 FIRST_RECORD_SECONDS = 2.0
 _NOT_THERE = (KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART)
 _NO_ANSWER = (KafkaError._TIMED_OUT, KafkaError._TRANSPORT, KafkaError._WAIT_COORD, KafkaError.REQUEST_TIMED_OUT)
@@ -214,13 +212,13 @@ def _by_place(found: Sequence[TopicPartition]) -> dict[Place, int]:
     return {(partition.topic, partition.partition): partition.offset for partition in found}
 
 
-def read_offsets(consumer: Consumer, timeout_seconds: float = ANSWER_SECONDS) -> list[PartitionOffsets]:
+def read_offsets(consumer: Consumer, timeout_seconds: float) -> list[PartitionOffsets]:
     """Read where a consumer's group stands. Raises OffsetsNotKnown, also when the Kafka settings are no good."""
     with _reader(consumer) as reader:
         return reader.read(timeout_seconds)
 
 
-def read_group(consumer: Consumer, timeout_seconds: float = ANSWER_SECONDS) -> Group:
+def read_group(consumer: Consumer, timeout_seconds: float) -> Group:
     """Ask who is in a consumer's group. Raises OffsetsNotKnown."""
     if outbox_settings().KAFKA_IS_EMBEDDED:
         raise OffsetsNotKnown("the embedded broker does not tell who is in a group")
@@ -259,10 +257,10 @@ Target = Literal["earliest", "latest"] | datetime | int
 def plan_reset(
     consumer: Consumer,
     to: Target,
+    timeout_seconds: float,
     *,
     topic: str | None = None,
     partitions: Collection[int] = (),
-    timeout_seconds: float = ANSWER_SECONDS,
 ) -> list[Move]:
     """Return how a reset would move the group's offsets. Changes nothing.
 
@@ -298,7 +296,7 @@ def _target(place: PartitionOffsets, to: Target, at_time: Mapping[Place, int]) -
     return place.start if to == "earliest" else place.end
 
 
-def require_no_members(consumer: Consumer, timeout_seconds: float = ANSWER_SECONDS) -> None:
+def require_no_members(consumer: Consumer, timeout_seconds: float) -> None:
     """Raise ResetRefused while anybody is in the consumer's group, or when that cannot be told."""
     try:
         group = read_group(consumer, timeout_seconds)
@@ -314,12 +312,14 @@ def require_no_members(consumer: Consumer, timeout_seconds: float = ANSWER_SECON
         raise ResetRefused(f"group {consumer.group_id} is not at rest ({group.state}): its members come and go")
 
 
-def reset(consumer: Consumer, moves: Sequence[Move], *, to: str, by: str, reason: str = "") -> None:
+def reset(
+    consumer: Consumer, moves: Sequence[Move], timeout_seconds: float, *, to: str, by: str, reason: str = ""
+) -> None:
     """Set the group's offsets as planned, and note it in the audit trail. `to`: what was asked for, in words.
 
     Raises ResetRefused while the group has members, OffsetsNotKnown when Kafka did not say whether it is done.
     """
-    require_no_members(consumer)
+    require_no_members(consumer, timeout_seconds)
     failed: list[str] = []
     no_answer = ""
     with transaction.atomic():

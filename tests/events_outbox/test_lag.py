@@ -69,6 +69,7 @@ def test_a_group_that_begins_at_the_latest_has_no_lag_before_it_has_begun(group,
 def test_series_go_while_the_broker_is_away_and_come_back_with_it(group, watch, kafka, monkeypatch, caplog):
     group.write(0, 5, age_seconds=600)
     watch.measure(group.consumer)
+    first_client = watch._readers[group.name]
     monkeypatch.setattr(lag, "ANSWER_SECONDS", 0.5)
     kafka.pause()
     before = failures(group.name)
@@ -80,6 +81,7 @@ def test_series_go_while_the_broker_is_away_and_come_back_with_it(group, watch, 
     monkeypatch.setattr(lag, "ANSWER_SECONDS", 10)
     watch.measure(group.consumer)
     assert events(group) == 5 and 600 <= seconds(group) < 660
+    assert watch._readers[group.name] is not first_client
 
 
 @pytest.mark.apache_kafka

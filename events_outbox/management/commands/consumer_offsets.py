@@ -25,6 +25,8 @@ from events_outbox.offsets import (
 from events_outbox.operators import system_operator
 from events_outbox.status import readable_seconds
 
+ANSWER_SECONDS = 5.0
+"""How long each question to Kafka may take; a broker that is away fails the first."""
 COLUMNS = ("topic", "partition", "committed", "start", "end", "lag events", "lag")
 
 
@@ -71,10 +73,10 @@ class Command(BaseCommand):
             ) from None
 
     def _show(self, consumer: Consumer, options: dict[str, Any]) -> None:
-        offsets = read_offsets(consumer)
+        offsets = read_offsets(consumer, ANSWER_SECONDS)
         group, members_not_known = None, ""
         try:
-            group = read_group(consumer)
+            group = read_group(consumer, ANSWER_SECONDS)
         except OffsetsNotKnown as error:
             members_not_known = str(error)
         if options["json"]:
@@ -93,16 +95,16 @@ class Command(BaseCommand):
         partitions = options["partition"] or []
         if isinstance(to, int) and not (partitions and (options["topic"] or len(consumer.topics) == 1)):
             raise CommandError("an offset means another record in each partition: name --topic and --partition")
-        moves = plan_reset(consumer, to, topic=options["topic"], partitions=partitions)
+        moves = plan_reset(consumer, to, ANSWER_SECONDS, topic=options["topic"], partitions=partitions)
         if not dry_run:
-            reset(consumer, moves, to=words, by=system_operator(), reason=options["reason"])
+            reset(consumer, moves, ANSWER_SECONDS, to=words, by=system_operator(), reason=options["reason"])
         rows = [(m.topic, str(m.partition), _offset(m.from_offset), "->", str(m.to_offset)) for m in moves]
         self._table([("topic", "partition", "from", "", "to"), *rows])
         changed = sum(m.from_offset != m.to_offset for m in moves)
         self.stdout.write(f"{changed} of {len(moves)} partitions {'would begin' if dry_run else 'begin'} elsewhere")
         if dry_run:
             try:
-                require_no_members(consumer)
+                require_no_members(consumer, ANSWER_SECONDS)
             except ResetRefused as error:
                 self.stdout.write(f"but it would be refused now: {error}")
 
