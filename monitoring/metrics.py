@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterable
+from functools import partial
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
@@ -100,6 +101,69 @@ CONSUMER_COMMIT_HOOK_FAILURES = Counter(
     "consumer_commit_hook_failures_total",
     "Functions given to transaction.on_commit() in a handler that raised; the handler's effects are committed",
     ["consumer"],
+)
+
+# --- Lag as Kafka sees it (recorded by the leading relay; true also of a consumer that is dead) ---
+CONSUMER_GROUP_LAG = Gauge(
+    "consumer_group_lag_events",
+    "Events in the partition that the consumer's group has not committed; no series while that cannot be measured",
+    ["consumer", "topic", "partition"],
+    multiprocess_mode="livemostrecent",
+)
+CONSUMER_GROUP_LAG_SECONDS = Gauge(
+    "consumer_group_lag_seconds",
+    "Age of the first event in the partition that the consumer's group has not committed, 0 when there is none",
+    ["consumer", "topic", "partition"],
+    multiprocess_mode="livemostrecent",
+)
+CONSUMER_GROUP_LAG_FAILURES = Counter(
+    "consumer_group_lag_failures_total",
+    "Times that the lag of the consumer's group could not be measured",
+    ["consumer"],
+)
+
+# --- State of the database, read at scrape time: call one for a family to fill (yielded by StatusCollector) ---
+OUTBOX_PENDING = partial(
+    GaugeMetricFamily,
+    "outbox_pending_events",
+    "Committed events not published yet, counted to 100,000",
+)
+OUTBOX_OLDEST_PENDING_AGE = partial(
+    GaugeMetricFamily,
+    "outbox_oldest_pending_age_seconds",
+    "Age of the oldest pending event",
+)
+OUTBOX_OLDEST_OPEN_TRANSACTION_AGE = partial(
+    GaugeMetricFamily,
+    "outbox_oldest_open_transaction_age_seconds",
+    "Age of the oldest open transaction that has written events: those wait for its end",
+)
+OUTBOX_UNDELIVERABLE = partial(
+    GaugeMetricFamily,
+    "outbox_undeliverable_events",
+    "Events parked because the broker refused them or one before",
+)
+CONSUMER_DEAD_LETTERS = partial(
+    GaugeMetricFamily,
+    "consumer_dead_letters",
+    "Open dead letters",
+    labels=["consumer"],
+)
+CONSUMER_PAUSED = partial(
+    GaugeMetricFamily,
+    "consumer_paused",
+    "1 while the consumer is paused by an operator or its failure guard, else 0",
+    labels=["consumer"],
+)
+PROCESSED_EVENTS_ROWS = partial(
+    GaugeMetricFamily,
+    "processed_events_rows",
+    "Processed marks, as PostgreSQL estimates them",
+)
+PROCESSED_EVENTS_BYTES = partial(
+    GaugeMetricFamily,
+    "processed_events_bytes",
+    "Disk space of the processed marks with their indexes",
 )
 
 # --- State read at scrape time, by collectors that other packages register ---

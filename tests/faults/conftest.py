@@ -83,7 +83,7 @@ class Processes:
         return result.stdout
 
     def status(self):
-        return json.loads(self.output("outbox_status", "--json"))
+        return json.loads(self.output("outbox_status", "--json", "--no-lag"))
 
     def logs(self):
         return "\n".join(log.read_text()[-3000:] for log in sorted(self._log_dir.glob("*.log")))

@@ -13,6 +13,7 @@ from monitoring import metrics
 from .conftest import sample
 
 HANDLER = "consumer_handler_duration_seconds"
+PARTITION = ("consumer", "topic", "partition")
 SPECIFIED = [
     (metrics.HTTP_REQUESTS, "counter", "http_requests", ("service", "method", "path", "status")),
     (
@@ -31,7 +32,11 @@ SPECIFIED = [
     (metrics.CONSUMER_RETRIES, "counter", "consumer_event_retries", ("consumer",)),
     (metrics.CONSUMER_DEAD_LETTERED, "counter", "consumer_events_dead_lettered", ("consumer", "reason")),
     (metrics.CONSUMER_HANDLER_SECONDS, "histogram", HANDLER, ("consumer", "handler")),
-    (metrics.CONSUMER_LAG, "gauge", "consumer_lag_events", ("consumer", "topic", "partition")),
+    (metrics.CONSUMER_LAG, "gauge", "consumer_lag_events", PARTITION),
+    (metrics.CONSUMER_LAG_SECONDS, "gauge", "consumer_lag_seconds", PARTITION),
+    (metrics.CONSUMER_GROUP_LAG, "gauge", "consumer_group_lag_events", PARTITION),
+    (metrics.CONSUMER_GROUP_LAG_SECONDS, "gauge", "consumer_group_lag_seconds", PARTITION),
+    (metrics.CONSUMER_GROUP_LAG_FAILURES, "counter", "consumer_group_lag_failures", ("consumer",)),
 ]
 
 
