@@ -1,10 +1,11 @@
 """Every metric: name, type, labels, buckets, meaning; and their exposition for a scrape."""
 
 import logging
+import math
 import os
 from collections.abc import Iterable
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -91,6 +92,28 @@ CONSUMER_LAG = Gauge(
     multiprocess_mode="livemostrecent",
 )
 
+# --- Worker processes (recorded by the process that keeps them going) ---
+# Of its own registry: that process answers scrapes with what the workers count, and this.
+_SUPERVISION = CollectorRegistry()
+CONSUMER_WORKER_RESTARTS = Counter(
+    "consumer_worker_restarts_total",
+    "Worker processes that died and were started again, by the worker's number",
+    ["worker"],
+    registry=_SUPERVISION,
+)
+
+
+def forget(gauge: Gauge, *labels: str) -> None:
+    """Take a series out of the exposition, until it is set again.
+
+    From a file that processes share nothing can be removed: there it becomes NaN, which the exposition leaves out.
+    """
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        gauge.labels(*labels).set(math.nan)
+    else:
+        gauge.remove(*labels)
+
+
 # --- State read at scrape time, by collectors that other packages register ---
 _collectors: list[Collector] = []
 
@@ -106,13 +129,17 @@ def register_collector(collector: Collector) -> None:
 
 
 class _Everything(Collector):
-    """This process's metrics (all web workers' metrics where they share a directory) and the collectors'."""
+    """This process's metrics (all workers' metrics where they share a directory) and the collectors'."""
 
     def collect(self) -> Iterable[Metric]:
-        # Each scrape reaches one of the web workers, which answers for all of them from shared files.
+        # One process answers for all from shared files: one of the web workers, the parent of the consumer's.
         shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
         source: Collector = MultiProcessCollector(None) if shared else REGISTRY  # type: ignore[no-untyped-call]
-        yield from source.collect()
+        for metric in source.collect():
+            if shared and metric.type == "gauge":
+                metric.samples = [sample for sample in metric.samples if not math.isnan(sample.value)]  # forgotten
+            yield metric
+        yield from _SUPERVISION.collect()
         if not _collectors:
             return
         up = GaugeMetricFamily(
