@@ -23,8 +23,6 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
-from prometheus_client import multiprocess
-
 from monitoring import metrics
 from monitoring.worker import Worker
 
@@ -152,7 +150,7 @@ class _Child:
             if self.socket:
                 self.socket.close()
             if _SHARED_METRICS in os.environ:
-                multiprocess.mark_process_dead(self.process.pid)  # type: ignore[no-untyped-call]
+                metrics.bury(self.process.pid)
             self.process = self.socket = None
         return status
 

@@ -65,9 +65,7 @@ class Command(BaseCommand):
         for consumer in chosen:
             partitions = len(consumer.topics) * outbox_settings().TOPIC_PARTITIONS
             if options["workers"] > partitions:
-                warning = (
-                    f"{consumer.name} has {partitions} partitions in all: more workers than that have nothing to do"
-                )
+                warning = f"{consumer.name} has {partitions} partitions: workers beyond that have nothing to do"
                 self.stderr.write(self.style.WARNING(warning))
         with Worker(_role(chosen), options["metrics_port"]) as worker:
             may_end = options["until_idle"] is not None

@@ -1,3 +1,4 @@
+import logging
 import os
 import time
 
@@ -14,6 +15,7 @@ strict = Consumer("strict", group_id=f"strict-{GROUP}", on_failure="stop", retry
 
 
 def leave_mark(consumer, event):
+    logging.getLogger(__name__).info("handling for %s", consumer.name)
     Group.objects.create(name=f"{consumer.name} {os.getpid()} {event.event_id}")
 
 
