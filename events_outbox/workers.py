@@ -86,7 +86,7 @@ class Workers:
             if child.failure:
                 raise WorkerFailed(child.failure)
             if status == 0 and self._may_end:
-                child.is_done = True
+                child.finish()
             else:
                 child.start_later(_how_it_ended(status))
 
@@ -141,6 +141,11 @@ class _Child:
             self._worker.miss(name)
         self.restart_at = now + self._delay_seconds
         self._delay_seconds = min(2 * self._delay_seconds, LONGEST_DELAY_SECONDS)
+
+    def finish(self) -> None:
+        self.is_done = True
+        for name in self._names.values():
+            self._worker.done(name)
 
     def poll(self) -> int | None:
         """Return the exit status once the process has ended, None while it runs."""

@@ -1,5 +1,6 @@
 import json
 import sys
+from argparse import SUPPRESS
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,8 +39,8 @@ class Command(BaseCommand):
         )
         parser.add_argument("--batch-size", type=int, help="events a transaction (default: CONSUMER_BATCH_SIZE)")
         parser.add_argument("--metrics-port", type=int, default=0, help="serve /metrics and /livez here (default: off)")
-        # What makes a process of --workers one: the descriptor of its socket.
-        parser.add_argument("--supervised-by", type=int, help="used by --workers")
+        # What --workers adds for its processes: the descriptor of their socket.
+        parser.add_argument("--supervised-by", type=int, help=SUPPRESS)
 
     def handle(self, **options: Any) -> None:
         chosen = _consumers(options["names"])
