@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
+from contextlib import suppress
 
 import httpx
 import psutil
@@ -70,6 +71,14 @@ class Consume(Processes):
 
     def logs(self):
         return "\n".join(log.read_text() for log in sorted(self._log_dir.glob("*.log")))
+
+    def end(self):
+        """End what was started, also workers that a failed test has left: their transactions would block the next."""
+        super().end()
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("TEST_GROUP") == self.environment["TEST_GROUP"]:
+                    process.kill()
 
     def lines(self):
         return [json.loads(line) for line in self.logs().splitlines() if line.startswith("{")]
