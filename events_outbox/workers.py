@@ -23,7 +23,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Self
 
-from monitoring import metrics
+from monitoring import metrics, shared_files
 from monitoring.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,6 @@ FIRST_DELAY_SECONDS = 1.0
 LONGEST_DELAY_SECONDS = 30.0
 STABLE_AFTER_SECONDS = 60.0
 """A worker that ran so long before it died is started again with the shortest delay."""
-_SHARED_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 _DIRECTORY_PREFIX = "consumer-workers-"
 
 
@@ -154,8 +153,8 @@ class _Child:
             self.listen()  # to its last words
             if self.socket:
                 self.socket.close()
-            if _SHARED_METRICS in os.environ:
-                metrics.bury(self.process.pid)
+            if shared_files.are_used():
+                shared_files.bury(self.process.pid)
             self.process = self.socket = None
         return status
 
@@ -234,15 +233,15 @@ def _how_it_ended(status: int) -> str:
 @contextmanager
 def _shared_metrics() -> Iterator[None]:
     """Workers count into files of a directory of their own, which this process's /metrics reads."""
-    inherited = os.environ.get(_SHARED_METRICS)
+    inherited = os.environ.get(shared_files.DIRECTORY)
     with tempfile.TemporaryDirectory(prefix=_DIRECTORY_PREFIX, ignore_cleanup_errors=True) as directory:
-        os.environ[_SHARED_METRICS] = directory
+        os.environ[shared_files.DIRECTORY] = directory
         try:
             yield
         finally:
-            os.environ.pop(_SHARED_METRICS)
+            os.environ.pop(shared_files.DIRECTORY)
             if inherited is not None:
-                os.environ[_SHARED_METRICS] = inherited
+                os.environ[shared_files.DIRECTORY] = inherited
 
 
 class Parent:
@@ -309,6 +308,6 @@ class Parent:
 
     def _clean_up(self) -> None:
         """Remove what a parent that is gone could not: the directory of the shared metrics."""
-        directory = Path(os.environ.get(_SHARED_METRICS, ""))
+        directory = Path(os.environ.get(shared_files.DIRECTORY, ""))
         if self._is_gone and directory.name.startswith(_DIRECTORY_PREFIX):
             shutil.rmtree(directory, ignore_errors=True)

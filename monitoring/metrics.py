@@ -1,18 +1,14 @@
 """Every metric: name, type, labels, buckets, meaning; and their exposition for a scrape."""
 
 import logging
-import math
-import os
-import threading
 from collections.abc import Iterable
-from pathlib import Path
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.mmap_dict import MmapedDict
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
+
+from monitoring import shared_files
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +52,16 @@ OUTBOX_RELAY_LEADER = Gauge(
     multiprocess_mode="livesum",
 )
 
+# --- Worker processes (recorded by the process that keeps them going) ---
+# Of its own registry: that process answers scrapes with what the workers count, and this.
+_SUPERVISION = CollectorRegistry()
+CONSUMER_WORKER_RESTARTS = Counter(
+    "consumer_worker_restarts_total",
+    "Worker processes that died and were started again, by the worker's number",
+    ["worker"],
+    registry=_SUPERVISION,
+)
+
 # --- Consumers (recorded by consume) ---
 CONSUMER_HANDLED = Counter(
     "consumer_events_handled_total",
@@ -95,51 +101,6 @@ CONSUMER_LAG = Gauge(
     multiprocess_mode="livemostrecent",
 )
 
-# --- Worker processes (recorded by the process that keeps them going) ---
-# Of its own registry: that process answers scrapes with what the workers count, and this.
-_SUPERVISION = CollectorRegistry()
-CONSUMER_WORKER_RESTARTS = Counter(
-    "consumer_worker_restarts_total",
-    "Worker processes that died and were started again, by the worker's number",
-    ["worker"],
-    registry=_SUPERVISION,
-)
-
-# Held while files that processes share are read, or merged.
-_files = threading.Lock()
-
-
-def bury(pid: int) -> None:
-    """Keep what a dead process has counted, in one file with that of other dead ones, and forget its gauges.
-
-    Left as they are, the files of a process that dies again and again would make every scrape slower.
-    """
-    directory = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-    with _files:
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
-        for kind in ("counter", "histogram", "summary"):
-            file = directory / f"{kind}_{pid}.db"
-            if not file.exists() or not file.stat().st_size:
-                continue
-            all_dead = MmapedDict(str(directory / f"{kind}_dead.db"))  # type: ignore[no-untyped-call]
-            for key, value, timestamp, _ in MmapedDict.read_all_values_from_file(str(file)):  # type: ignore[no-untyped-call]
-                before, _ = all_dead.read_value(key)  # type: ignore[no-untyped-call]
-                all_dead.write_value(key, before + value, timestamp)  # type: ignore[no-untyped-call]
-            all_dead.close()  # type: ignore[no-untyped-call]
-            file.unlink()
-
-
-def forget(gauge: Gauge, *labels: str) -> None:
-    """Take a series out of the exposition, until it is set again.
-
-    From a file that processes share nothing can be removed: there it becomes NaN, which the exposition leaves out.
-    """
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        gauge.labels(*labels).set(math.nan)
-    else:
-        gauge.remove(*labels)
-
-
 # --- State read at scrape time, by collectors that other packages register ---
 _collectors: list[Collector] = []
 
@@ -159,14 +120,7 @@ class _Everything(Collector):
 
     def collect(self) -> Iterable[Metric]:
         # One process answers for all from shared files: one of the web workers, the parent of the consumer's.
-        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        source: Collector = MultiProcessCollector(None) if shared else REGISTRY  # type: ignore[no-untyped-call]
-        with _files:
-            counted = list(source.collect())
-        for metric in counted:
-            if shared and metric.type == "gauge":
-                metric.samples = [sample for sample in metric.samples if not math.isnan(sample.value)]  # forgotten
-            yield metric
+        yield from shared_files.collect() if shared_files.are_used() else REGISTRY.collect()
         yield from _SUPERVISION.collect()
         if not _collectors:
             return

@@ -161,8 +161,8 @@ def test_list_shows_consumers_and_handlers(capsys):
         "on_failure": "skip",
         "paused": False,
         "handlers": [
-            {"event_type": "conversation.created", "is_batch": True, "function": count},
-            {"event_type": "conversation.message.sent", "is_batch": True, "function": count},
+            {"event_type": "conversation.created", "version": None, "is_batch": True, "function": count},
+            {"event_type": "conversation.message.sent", "version": None, "is_batch": True, "function": count},
         ],
     }
     assert listed[1]["paused"] is True
@@ -336,7 +336,7 @@ def test_a_second_signal_ends_all_at_once(consume, publish):
 @pytest.mark.apache_kafka
 def test_a_worker_that_does_not_stop_is_killed(consume, publish):
     parent = consume.start("counting", "--workers", 1, stop_seconds=1)
-    publish("slow")
+    publish("stuck")
     eventually(waits_in_a_handler, 40)
     workers = workers_of(parent)
     parent.terminate()

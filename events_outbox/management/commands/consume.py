@@ -164,27 +164,22 @@ def _as_dict(consumer: Consumer, pauses: dict[str, str] | None) -> dict[str, Any
         "on_failure": consumer.on_failure,
         "paused": None if pauses is None else consumer.name in pauses,
         "handlers": [
-            {"event_type": event_type, "is_batch": handler.is_batch, "function": handler.name}
-            for event_type in consumer.event_types
-            if (handler := consumer.handler_for(event_type))
+            {"event_type": event_type, "version": version, "is_batch": handler.is_batch, "function": handler.name}
+            for event_type, version, handler in consumer.handlers
         ],
     }
 
 
 def _lines(consumer: Consumer, pauses: dict[str, str] | None) -> list[tuple[str, str]]:
-    handlers = _as_dict(consumer, pauses)["handlers"]
-    width = max((len(handler["event_type"]) for handler in handlers), default=0)
+    handlers = [
+        (f"{event_type} {version or ''}".rstrip(), "batch" if handler.is_batch else "single", handler.name)
+        for event_type, version, handler in consumer.handlers
+    ]
+    width = max((len(handled) for handled, _, _ in handlers), default=0)
     return [
         ("group", consumer.group_id),
         ("topics", ", ".join(consumer.topics)),
         ("on failure", consumer.on_failure),
         ("paused", "unknown" if pauses is None else pauses.get(consumer.name, "no")),
-        *(
-            (
-                "handles",
-                f"{handler['event_type']:{width}}  {'batch ' if handler['is_batch'] else 'single'}  "
-                f"{handler['function']}",
-            )
-            for handler in handlers
-        ),
+        *(("handles", f"{handled:{width}}  {how:6}  {function}") for handled, how, function in handlers),
     ]

@@ -1,3 +1,4 @@
+import ctypes
 import logging
 import os
 import time
@@ -25,6 +26,8 @@ def count(event):
     time.sleep(0.005)  # many events take a while
     if event.aggregate_id == "slow":
         time.sleep(600)
+    if event.aggregate_id == "stuck":
+        ctypes.PyDLL(None).sleep(600)  # never lets another thread run
 
 
 @other.handles_batch("conversation.*")
