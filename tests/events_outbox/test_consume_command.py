@@ -26,7 +26,7 @@ from tests.topics import TopicReader
 pytestmark = pytest.mark.django_db(transaction=True)
 
 CONSUMERS = ("counting", "other", "strict")
-STALE_SECONDS = 2
+STALE_SECONDS = 3
 
 
 class Consume(Processes):
@@ -279,7 +279,7 @@ def test_workers_share_the_work_and_one_port_and_are_replaced_when_they_die(cons
 
     publish(*keys(200))
     killed.kill()
-    eventually(lambda: consume.livez() == 503)
+    eventually(lambda: consume.livez() == 503 and len(workers_of(parent)) == 1)  # before it is started again
     both_work(consume, parent, publish)
     assert consume.livez() == 200
     assert sum(consume.sample("consumer_worker_restarts_total", worker=worker) for worker in "12") == 1
