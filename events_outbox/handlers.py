@@ -212,6 +212,11 @@ class Consumer:
         self._routes = lru_cache(_ROUTES_KEPT)(self._find_route)
         _consumers[name] = self
 
+    @property
+    def handlers(self) -> list[tuple[str, str | None, Handler]]:
+        """What is registered: event type or pattern, the version it is for (None: any), the handler."""
+        return [(event_type, None, handler) for event_type, handler in sorted(self._handlers.items())]
+
     def __repr__(self) -> str:
         return f"Consumer({self.name!r}, group_id={self.group_id!r})"
 

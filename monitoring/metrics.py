@@ -1,15 +1,15 @@
 """Every metric: name, type, labels, buckets, meaning; and their exposition for a scrape."""
 
 import logging
-import os
 from collections.abc import Iterable
 from functools import partial
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+
+from monitoring import shared_files
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,16 @@ OUTBOX_RELAY_LEADER = Gauge(
     "outbox_relay_leader",
     "1 in the relay that publishes, 0 in its standbys; the sum over all processes should be 1",
     multiprocess_mode="livesum",
+)
+
+# --- Worker processes (recorded by the process that keeps them going) ---
+# Of its own registry: that process answers scrapes with what the workers count, and this.
+_SUPERVISION = CollectorRegistry()
+CONSUMER_WORKER_RESTARTS = Counter(
+    "consumer_worker_restarts_total",
+    "Worker processes that died and were started again, by the worker's number",
+    ["worker"],
+    registry=_SUPERVISION,
 )
 
 # --- Consumers (recorded by consume) ---
@@ -181,13 +191,12 @@ def register_collector(collector: Collector) -> None:
 
 
 class _Everything(Collector):
-    """This process's metrics (all web workers' metrics where they share a directory) and the collectors'."""
+    """This process's metrics (all workers' metrics where they share a directory) and the collectors'."""
 
     def collect(self) -> Iterable[Metric]:
-        # Each scrape reaches one of the web workers, which answers for all of them from shared files.
-        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        source: Collector = MultiProcessCollector(None) if shared else REGISTRY  # type: ignore[no-untyped-call]
-        yield from source.collect()
+        # One process answers for all from shared files: one of the web workers, the parent of the consumer's.
+        yield from shared_files.collect() if shared_files.are_used() else REGISTRY.collect()
+        yield from _SUPERVISION.collect()
         if not _collectors:
             return
         up = GaugeMetricFamily(
