@@ -33,7 +33,7 @@ from voicehelper.devstack.child import Child
 from voicehelper.devstack.postgres import DATABASE, FORGETFUL, EmbeddedPostgres
 from voicehelper.services import BASE_DIR
 
-RELAY, WRITERS, HARNESS = "relay_outbox", "fault_writers", "fault_harness"
+RELAY, WRITERS, MEMBERS, HARNESS = "relay_outbox", "fault_writers", "fault_members", "fault_harness"
 SESSION_SECONDS = 2  # LEADER_SESSION_TIMEOUT_SECONDS in tests/faults/settings.py
 RECOVERY_SECONDS = 60
 RELAY_MEMORY_BYTES = 200_000_000
@@ -417,7 +417,9 @@ class Harness:
         rows = self.query("SELECT event_id::text FROM events_outbox_outboxevent WHERE event_id = ANY(%s::uuid[])",
                           list(self.ledger.in_doubt))  # fmt: skip
         run.in_doubt = self.ledger.settle({row[0] for row in rows})
-        read = [Written.parse(message.value()) for message in reader.read_rest()]
+        # What handlers emit is not the writers'.
+        messages = [m for m in reader.read_rest() if ("event_type", b"conversation.created") in m.headers()]
+        read = [Written.parse(message.value()) for message in messages]
         # The last records of a frozen leader may arrive late, and so in the next run.
         late = [event for event in read if event.event_id in self._known]
         run.violations = compare([event for event in read if event.event_id not in self._known], self.ledger)
@@ -478,18 +480,23 @@ def leader_terminated(harness):
     leader = harness.someone_to_hit()
     harness.end_relay(leader, Child.ask_to_stop)
     yield 1
+    see_it_end(harness, leader)
+    harness.set_relays(harness._wanted)
+
+
+def see_it_end(harness, child):
+    """A relay, or a member, that was asked to stop."""
     alone = harness.lasting_faults == 1
     try:
-        code = leader.process.wait(10)
+        code = child.process.wait(10)
     except subprocess.TimeoutExpired:
-        # A relay whose database neither answers nor hangs up waits for it: the supervisor's patience ends first.
-        assert not alone, f"{leader.name} does not stop: {leader.log.read_text()[-3000:]}"
-        leader.kill()
+        # One whose database neither answers nor hangs up waits for it: the supervisor's patience ends first.
+        assert not alone, f"{child.name} does not stop: {child.log.read_text()[-3000:]}"
+        child.kill()
     else:
-        log = leader.log.read_text()
+        log = child.log.read_text()
         # Before it has begun it ends like any program.
-        assert code == 0 or (code == -signal.SIGTERM and not log), f"{leader.name} ended with {code}: {log[-3000:]}"
-    harness.set_relays(harness._wanted)
+        assert code == 0 or (code == -signal.SIGTERM and not log), f"{child.name} ended with {code}: {log[-3000:]}"
 
 
 def leader_frozen(harness):
@@ -559,10 +566,10 @@ def postgres_restarted_immediately(harness):
 
 
 def postgres_connections_terminated(harness):
-    """One by one, relays' and writers'."""
+    """One by one, relays', writers' and consumers'."""
     relays = 0
     with suppress(psycopg.OperationalError):
-        for name in (RELAY, WRITERS):
+        for name in (RELAY, WRITERS, MEMBERS):
             for (pid,) in harness.query(SESSIONS_SQL, name):
                 relays += name == RELAY
                 harness.query("SELECT pg_terminate_backend(%s)", pid)
@@ -608,13 +615,13 @@ FAULTS = {
 """By what they hit: only one of a kind happens at a time."""
 
 
-def mixed_faults(run, until):
+def mixed_faults(run, until, faults=FAULTS):
     """One to three faults at a time, overlapping, each of its own kind, until `until()`."""
     while not until():
-        kinds = run.rng.sample(sorted(FAULTS), run.rng.choice([1, 1, 2, 2, 3]))
+        kinds = run.rng.sample(sorted(faults), run.rng.choice([1, 1, 2, 2, 3]))
         with ExitStack() as lasting:
             for kind in kinds:
-                lasting.enter_context(run.fault(run.rng.choice(FAULTS[kind])))
+                lasting.enter_context(run.fault(run.rng.choice(faults[kind])))
                 time.sleep(run.rng.random() * 0.5)
             time.sleep(run.rng.random() * 1.5)
         run.harness.supervise()
