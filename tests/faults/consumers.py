@@ -6,6 +6,7 @@ The consumers and their handlers are those of `tests.faults.effects`. In the end
 the writers' ledger: every event once, in the order of its key, or a dead letter if it was meant to fail.
 """
 
+import re
 import subprocess
 import sys
 import threading
@@ -64,7 +65,7 @@ class Member(Child):
         return self.process.pid
 
     def is_assigned(self):
-        return "partitions assigned" in self.log.read_text()
+        return re.search(r'"partitions assigned".*"partitions": \["', self.log.read_text()) is not None
 
 
 @dataclass
@@ -222,7 +223,7 @@ class ConsumerHarness(Harness):
             yield run
 
     @contextmanager
-    def consumer_run(self, *, members=2, relays=1, writers=2, **options):
+    def consumer_run(self, *, members=2, relays=1, writers=1, writers_pause_seconds=0.05, **options):
         """As `run`, and members handle what is published; then their effects are judged too."""
         if not self.members:
             self.heal()
@@ -241,7 +242,9 @@ class ConsumerHarness(Harness):
         reader = TopicReader(self.kafka.bootstrap_servers, TOPICS)
         try:
             with Watch(self) as watch:
-                with super().run(relays=relays, writers=writers, **options) as run:
+                with super().run(
+                    relays=relays, writers=writers, writers_pause_seconds=writers_pause_seconds, **options
+                ) as run:
                     run.starts, self.rng = starts, run.rng
                     yield run
                 healed = time.monotonic()

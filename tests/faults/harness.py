@@ -351,9 +351,10 @@ class Harness:
     # A run
 
     @contextmanager
-    def run(self, *, relays=2, seed=None, writers=4, batch_size=100):
+    def run(self, *, relays=2, seed=None, writers=4, batch_size=100, writers_pause_seconds=0.02):
         """Writers write and relays publish while the block injects faults; then judge. Yields a `Run`.
 
+        `writers_pause_seconds`: of each writer, after each transaction.
         Afterwards `run` has what was seen: violations, committed, peak_bytes. Fails when a promise was broken.
         """
         run = Run(self, random.randrange(10**9) if seed is None else seed, batch_size)
@@ -363,7 +364,7 @@ class Harness:
         reader = TopicReader(self.kafka.bootstrap_servers, TOPICS)
         try:
             with Watch(self) as watch:
-                self.tell_writers("go", run.seed, writers)
+                self.tell_writers("go", run.seed, writers, writers_pause_seconds)
                 yield run
                 self.heal()
                 self._halt_writers()

@@ -19,8 +19,8 @@ def _one_in(count, fate, consumer, event_id):
 
 def fails(consumer, event_id, aggregate):
     """Always, until it is mended. Most keys never park: else there would soon be nothing left to handle."""
-    may_park = not aggregate.startswith("a") or aggregate in ("a0", "a1", "a2")
-    return (consumer == "skipping" or may_park) and _one_in(150, "fails", consumer, event_id)
+    may_park = not aggregate.startswith("a") or aggregate in ("a0", "a1")
+    return (consumer == "skipping" or may_park) and _one_in(300, "fails", consumer, event_id)
 
 
 def is_permanent(consumer, event_id):
@@ -40,5 +40,5 @@ def emits(consumer, event_id):
     return _one_in(10, "emits", consumer, event_id)
 
 
-FAILS_AT_RANDOM = 0.003
-"""Share of the calls; four in a row, which would be a dead letter, happen once in 10^10 events."""
+FAILS_AT_RANDOM = 0.002
+"""Share of the calls; four in a row, which would be a dead letter, happen once in 10^11 events."""
