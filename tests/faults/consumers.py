@@ -268,6 +268,7 @@ class ConsumerHarness(Harness):
         wait_until(
             lambda: all(handled(consumer) >= goal for consumer, goal in goals.items()),
             lambda: f"{count} more events handled; {run.story()}",
+            every_seconds=0.1,
         )
 
     def _unhandled(self, run):
@@ -278,6 +279,7 @@ class ConsumerHarness(Harness):
         wait_until(
             lambda: (self.supervise(), not any(self._unhandled(run).values()))[1],
             lambda: f"all is handled: {self._unhandled(run)} are not; {run.story()}",
+            every_seconds=0.1,
         )
 
     # Verdict
@@ -357,7 +359,7 @@ class ConsumerHarness(Harness):
         subprocess.run(
             [sys.executable, "manage.py", "shell", "-v", "0", "-c", code],
             cwd=BASE_DIR,
-            env=self._environment(self.postgres_proxy),
+            env={**self._environment(self.postgres_proxy), "DATABASE_URL": self.postgres.url},
             stdout=self._output,
             stderr=self._output,
         )

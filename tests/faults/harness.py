@@ -443,7 +443,7 @@ class Harness:
         assert watch.peak_bytes < RELAY_MEMORY_BYTES, f"{watch.peak_bytes}; {story}"
 
 
-def wait_until(condition, what, timeout_seconds=RECOVERY_SECONDS):
+def wait_until(condition, what, timeout_seconds=RECOVERY_SECONDS, every_seconds=0.02):
     """Wait until `condition()` is true and return what it returned; PostgreSQL may be away meanwhile."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -453,7 +453,7 @@ def wait_until(condition, what, timeout_seconds=RECOVERY_SECONDS):
         except psycopg.OperationalError:
             pass
         assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {what() if callable(what) else what}"
-        time.sleep(0.02)
+        time.sleep(every_seconds)
 
 
 # Faults. Each yields once, while it lasts, the number of batches that may be published twice because of it.
