@@ -37,6 +37,10 @@ EMITTED, FURTHER = "conversation.created", "notification.created"
 HANDLED = {"skipping": [EMITTED, FURTHER], "parking": [EMITTED]}
 TOPICS = ("conversation.events", "default.events")
 
+OUTBOX, MARKS = "events_outbox_outboxevent", "events_outbox_processedevent"
+LETTERS, EFFECTS = "events_outbox_deadletter", "effect"
+TABLES = (OUTBOX, MARKS, LETTERS, EFFECTS)
+
 UNHANDLED_SQL = """
     SELECT count(*) FROM events_outbox_outboxevent o
      WHERE o.id > %s AND o.event_type = ANY(%s)
@@ -210,6 +214,10 @@ class ConsumerHarness(Harness):
     def _give_up(self):
         self._end_members()
         super()._give_up()
+        self._discard_parked()
+
+    def _discard_parked(self):
+        """Keys are free again for the next run."""
         with self.connect() as session:
             session.execute("UPDATE events_outbox_deadletter SET resolution = 'discarded' WHERE resolution = ''")
 
@@ -223,21 +231,16 @@ class ConsumerHarness(Harness):
             yield run
 
     @contextmanager
-    def consumer_run(self, *, members=2, relays=1, writers=1, writers_pause_seconds=0.05, **options):
-        """As `run`, and members handle what is published; then their effects are judged too."""
+    def consumer_run(self, *, members=2, relays=1, writers=1, writers_pause_seconds=0.05, replays=False, **options):
+        """As `run`, and members handle what is published; then their effects are judged too.
+
+        `replays`: in the end what was parked is replayed and judged again, else discarded.
+        """
         if not self.members:
             self.heal()
             self._found_groups()
         self.set_members(members)
-        starts = {
-            table: self.query(f"SELECT coalesce(max(id), 0) FROM {table}")[0][0]
-            for table in (
-                "events_outbox_outboxevent",
-                "events_outbox_processedevent",
-                "events_outbox_deadletter",
-                "effect",
-            )
-        }
+        starts = {table: self.query(f"SELECT coalesce(max(id), 0) FROM {table}")[0][0] for table in TABLES}
         wait_until(lambda: all(member.is_assigned() for member in self.one_of_each()), "partitions are assigned")
         reader = TopicReader(self.kafka.bootstrap_servers, TOPICS)
         try:
@@ -250,7 +253,12 @@ class ConsumerHarness(Harness):
                 healed = time.monotonic()
                 self._wait_until_handled(run)
                 run.recovery_seconds = time.monotonic() - healed
-            self._judge_members(run, watch, reader.read_rest())
+            held = self._judge_members(run, watch, reader.read_rest())
+            if replays:
+                self._replay_parked(run, held["parking"])
+                self._judge_effects(run, "parking", set())
+                self._judge_further(run, {**held, "parking": set()})
+            self._discard_parked()
         except BaseException:
             self._give_up()
             raise
@@ -262,7 +270,7 @@ class ConsumerHarness(Harness):
 
         def handled(consumer):
             sql = "SELECT count(*) FROM events_outbox_processedevent WHERE consumer = %s AND id > %s"
-            return self.query(sql, consumer, run.starts["events_outbox_processedevent"])[0][0]
+            return self.query(sql, consumer, run.starts[MARKS])[0][0]
 
         goals = {consumer: handled(consumer) + count for consumer in CONSUMERS}
         wait_until(
@@ -272,7 +280,7 @@ class ConsumerHarness(Harness):
         )
 
     def _unhandled(self, run):
-        start = run.starts["events_outbox_outboxevent"]
+        start = run.starts[OUTBOX]
         return {c: self.query(UNHANDLED_SQL, start, HANDLED[c], c)[0][0] for c in CONSUMERS}
 
     def _wait_until_handled(self, run):
@@ -291,15 +299,14 @@ class ConsumerHarness(Harness):
             self._judge_effects(run, consumer, held[consumer])
             self._judge_letters(run, consumer, held[consumer])
         ahead = self._offsets_ahead(run, watch, messages)
-        self._mend(run, held["parking"])
-        self._judge_effects(run, "parking", set())
-        self._judge_further(run, {"skipping": held["skipping"], "parking": set()})
+        self._judge_further(run, held)
         print(
             f"handled after {run.recovery_seconds:.1f} s, dead letters { ({c: len(held[c]) for c in CONSUMERS}) }, "
             f"{len(watch.seen)} offsets seen, members at most {watch.peak_bytes / 1e6:.0f} MB; {run.story()}"
         )
         assert not ahead, f"offsets ahead of the database: {len(ahead)}, e.g. {ahead[:3]}; {run.story()}"
         assert watch.peak_bytes < MEMBER_MEMORY_BYTES, f"{watch.peak_bytes}; {run.story()}"
+        return held
 
     def _held(self, consumer):
         """The events that must be dead letters: those that fail, and with parking what comes behind them."""
@@ -318,7 +325,7 @@ class ConsumerHarness(Harness):
                 WHERE consumer = %s AND event_type = %s AND id > %s ORDER BY id""",
             consumer,
             EMITTED,
-            run.starts["effect"],
+            run.starts[EFFECTS],
         )
         expected = Ledger({event_id: e for event_id, e in self.ledger.committed.items() if event_id not in held})
         # The last records of a leader that was frozen may arrive late, and so in the next run.
@@ -327,7 +334,7 @@ class ConsumerHarness(Harness):
         assert found == Violations(), f"effects of {consumer}: {found}; {run.story()}"
 
     def _judge_letters(self, run, consumer, held):
-        letters = self.query(LETTERS_SQL, consumer, run.starts["events_outbox_deadletter"])
+        letters = self.query(LETTERS_SQL, consumer, run.starts[LETTERS])
         late = self._known - self.ledger.committed.keys()
         kept = {event_id: reason for event_id, reason, _ in letters if event_id not in late}
         assert kept.keys() == held, (
@@ -341,7 +348,7 @@ class ConsumerHarness(Harness):
                 may_be.add("behind")
             assert reason in may_be, f"{consumer} {event_id} is {reason}, not {may_be}; {run.story()}"
 
-    def _mend(self, run, held):
+    def _replay_parked(self, run, held):
         """The handler works now: what was parked is replayed, in order."""
         with self.connect() as session:
             session.execute("INSERT INTO mended SELECT unnest(%s::uuid[])", [list(held)])
@@ -370,7 +377,7 @@ class ConsumerHarness(Harness):
         rows = self.query(
             "SELECT value FROM events_outbox_outboxevent WHERE event_type = %s AND id > %s ORDER BY id",
             FURTHER,
-            run.starts["events_outbox_outboxevent"],
+            run.starts[OUTBOX],
         )
         causes, further = Counter(), Ledger()
         late = self._known - self.ledger.committed.keys()
@@ -388,7 +395,7 @@ class ConsumerHarness(Harness):
         rows = self.query(
             "SELECT event_id::text, aggregate, number FROM effect WHERE event_type = %s AND id > %s ORDER BY id",
             FURTHER,
-            run.starts["effect"],
+            run.starts[EFFECTS],
         )
         found = compare([Written(*row) for row in rows], further)
         assert found == Violations(), f"effects of what handlers emitted: {found}; {run.story()}"
@@ -400,7 +407,7 @@ class ConsumerHarness(Harness):
             base = BaseEvent.FromString(message.value())
             place = message.topic(), message.partition()
             records.setdefault(place, []).append((message.offset(), base.event_type, base.event_id))
-        start = run.starts["events_outbox_processedevent"]
+        start = run.starts[MARKS]
         marks = {consumer: dict(self.query(MARKS_SQL, consumer, start)) for consumer in CONSUMERS}
         ahead, judged = [], {}
         for consumer, topic, partition, committed, snapshot in watch.seen:

@@ -38,7 +38,7 @@ def test_consumers_mixed_for_long(fault_harness):
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         members, relays = rng.choice([1, 2, 3, 4]), rng.choice([1, 2])
-        with fault_harness.consumer_run(members=members, relays=relays, seed=rng.randrange(10**9)) as run:
+        with fault_harness.consumer_run(members=members, relays=relays, seed=rng.randrange(10**9), replays=True) as run:
             end = min(time.monotonic() + ROUND_SECONDS, deadline)
             mixed_faults(run, lambda end=end: time.monotonic() > end, ALL_FAULTS)
 
