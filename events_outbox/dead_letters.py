@@ -118,11 +118,11 @@ def _replay(letter: DeadLetter) -> None:
         value=None if letter.value is None else bytes(letter.value),
         headers=[(name, base64.b64decode(value)) for name, value in letter.headers],
     )
-    event = record.event(record.envelope())
-    handler = consumer.handler_for(event.event_type)
-    if handler is None:
-        raise ReplayRefused(f"consumer {consumer.name} has no handler of {event.event_type}: discard the letter")
-    call_handler(consumer.name, handler, [event])
+    base = record.envelope()
+    route = consumer.route(base.event_type, base.event_version)
+    if route is None:
+        raise ReplayRefused(f"consumer {consumer.name} has no handler of {base.event_type}: discard the letter")
+    call_handler(consumer.name, route.handler, [record.event(base, route.version)])
 
 
 def _lock_open(letter_id: int) -> DeadLetter:

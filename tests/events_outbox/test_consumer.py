@@ -11,8 +11,8 @@ from django.db import IntegrityError, connection, transaction
 
 from events_outbox import Consumer, PermanentEventError, RetryPolicy, dead_letters, emit_event, pauses
 from events_outbox.consumer import ConsumerPaused, ConsumerProcess, ConsumerStopped
-from events_outbox.handlers import FailureGuard
 from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent
+from events_outbox.policies import FailureGuard
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.records import Record
 from tests.events_outbox.conftest import counted
@@ -208,7 +208,7 @@ def test_the_most_specific_handler_runs(make_consumer):
         ("conversation.created", "conversation.*"),
         ("conversational.created", "*"),
     ]:
-        assert consumer.handler_for(event_type).function is functions[pattern]
+        assert consumer.route(event_type, "v1").handler.function is functions[pattern]
 
 
 def test_topics_come_from_the_handlers(make_consumer):
