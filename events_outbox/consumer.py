@@ -8,18 +8,20 @@ one event at a time, so that one bad event costs only itself.
 import logging
 import time
 import traceback
-import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
-from django.db import OperationalError, connection, transaction
+from django.db import DatabaseError, InternalError, OperationalError, connection, transaction
+from psycopg.pq import TransactionStatus
 
 from monitoring import metrics
 
-from . import dead_letters
+from . import dead_letters, pauses
 from .catalog import event_types
 from .conf import outbox_settings
 from .exceptions import PermanentEventError
+from .guard import Guard
 from .handlers import Consumer, Event, Handler, call_handler
 from .kafka import KafkaException
 from .membership import ClientBroken, Membership, Stopping
@@ -28,16 +30,29 @@ from .records import Delivery, Record, UnreadableRecord
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 RECONNECT_SECONDS = 1.0
 DISTURBED_SECONDS = 0.05
+PAUSE_SECONDS = 1.0
+RELEASE_SECONDS = 2.0
 # They say nothing about the event, so trying again costs it no retries: serialization failure, deadlock; server
 # shutdown, crash and start, session ended; too many connections.
 _DISTURBANCES = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "57P05", "53300"})
+_STOOD_STILL = "25P03"  # idle_in_transaction_session_timeout, which psycopg calls an internal error
 _MAX_DISTURBANCES = 20
 
 
 class ConsumerStopped(Exception):
     """A consumer with on_failure="stop" met an event that it cannot handle; its offset is not committed."""
+
+
+class ConsumerPaused(Exception):
+    """The failure guard has paused the consumer; what is not done is to be handled when it is resumed."""
+
+
+class TooManyFailures(Exception):
+    """A batch holds more dead letters than the guard allows: go on one by one, so that it stops at the right one."""
 
 
 class ConsumerProcess:
@@ -53,6 +68,10 @@ class ConsumerProcess:
         self.consumer = consumer
         self.group = Membership(consumer, on_tick)
         self._batch_size = batch_size or outbox_settings().CONSUMER_BATCH_SIZE
+        self._guard = Guard(consumer.guard)
+        self._session: Any = None
+        self._is_redelivered = False  # most of the last batch was: look for marks before trying to insert them
+        self._looked_at_pause = self._released = float("-inf")
         self._start_counters()
 
     def _start_counters(self) -> None:
@@ -61,7 +80,7 @@ class ConsumerProcess:
         for counter in (metrics.CONSUMER_DUPLICATES, metrics.CONSUMER_SKIPPED, metrics.CONSUMER_RETRIES):
             counter.labels(name)
         for entry in event_types():
-            if self.consumer.handler_for(entry.name):
+            if self.consumer.route(entry.name, entry.version):
                 metrics.CONSUMER_HANDLED.labels(name, entry.name)
         for reason in DeadLetter.Reason:
             metrics.CONSUMER_DEAD_LETTERED.labels(name, reason.value)
@@ -93,9 +112,14 @@ class ConsumerProcess:
     def _consume(self, until_idle_seconds: float | None) -> None:
         last_work = time.monotonic()
         while not self.group.stopping:
+            self._wait_while_paused()
             records = self.group.poll_batch(self._batch_size)
             if records:
-                self.handle_batch(records)
+                try:
+                    self.handle_batch(records)
+                except ConsumerPaused:
+                    self.group.put_back(records)
+            self._release_parked()
             self.group.commit()
             if records or not self.group.owned:
                 last_work = time.monotonic()
@@ -103,42 +127,53 @@ class ConsumerProcess:
                 return
             self.group.measure_lag()
 
+    def _wait_while_paused(self) -> None:
+        """Look about once a second whether an operator or the guard has paused this consumer, and wait it out."""
+        if time.monotonic() - self._looked_at_pause < PAUSE_SECONDS:
+            return
+        was_paused = False
+        while self._with_database(lambda: pauses.is_paused(self.consumer.name)):
+            if not was_paused:
+                logger.warning("consumer is paused", extra={"consumer": self.consumer.name})
+            was_paused = True
+            self.group.commit()
+            self.group.wait(PAUSE_SECONDS)
+        if was_paused:
+            logger.info("consumer goes on", extra={"consumer": self.consumer.name})
+        self._looked_at_pause = time.monotonic()
+
+    def _release_parked(self) -> None:
+        """Handle what is parked behind dead letters that were replayed or discarded since."""
+        if self.consumer.on_failure != "park_key" or time.monotonic() - self._released < RELEASE_SECONDS:
+            return
+        with self.group.busy():
+            self._with_database(lambda: dead_letters.release(self.consumer, lambda: self.group.stopping))
+        self._released = time.monotonic()
+
     def handle_batch(self, records: Sequence[Record]) -> None:
         """Handle records in order, effectively once, and note their offsets as done.
 
-        Raises ConsumerStopped as `run()` does.
+        Raises ConsumerStopped as `run()` does, and ConsumerPaused when the guard has had enough: what is not noted
+        as done then is not handled.
         """
         deliveries = [delivery for record in records if (delivery := self._read(record)) is not None]
-        metrics.CONSUMER_SKIPPED.labels(self.consumer.name).inc(len(records) - len(deliveries))
-        if deliveries and not self._try_transaction(deliveries):
-            self._handle_one_by_one(deliveries)
-        for record in records:
-            self.group.note_done(record)
+        if skipped := len(records) - len(deliveries):
+            metrics.CONSUMER_SKIPPED.labels(self.consumer.name).inc(skipped)
+        if deliveries:
+            with self.group.busy():
+                if not self._try_transaction(deliveries):
+                    self._handle_one_by_one(deliveries)
+        self.group.note_done(records)
+        self._pause_when_too_many_fail()
 
     def _read(self, record: Record) -> Delivery | None:
-        """Parse a record. None: an event of a type that this consumer has no handler for."""
+        """Parse a record's envelope. None: an event of a type that this consumer has no handler for."""
         try:
             base = record.envelope()
         except UnreadableRecord as error:
-            return Delivery(record, record.placeholder_id(), unreadable=error)
-        handler = self.consumer.handler_for(base.event_type)
-        try:
-            event = record.event(base)
-        except UnreadableRecord as error:
-            if handler is None and error.reason == DeadLetter.Reason.PAYLOAD_MISMATCH:
-                return None
-            event_id = uuid.UUID(base.event_id)
-            return Delivery(record, event_id, unreadable=error, event_type=base.event_type, tenant_id=base.tenant_id)
-        if handler is None:
-            return None
-        return Delivery(
-            record,
-            event.event_id,
-            event=event,
-            handler=handler,
-            event_type=event.event_type,
-            tenant_id=event.tenant_id,
-        )
+            return Delivery(record, str(record.placeholder_id()), unreadable=error)
+        route = self.consumer.route(base.event_type, base.event_version)
+        return None if route is None else Delivery(record, base.event_id, base, route)
 
     def _try_transaction(self, deliveries: Sequence[Delivery]) -> bool:
         """The fast way: all in one transaction. False: something raised, and nothing was done."""
@@ -156,11 +191,12 @@ class ConsumerProcess:
 
     def _handle_one_by_one(self, deliveries: Sequence[Delivery]) -> None:
         for delivery in deliveries:
-            self.group.breathe()
+            self.group.check()
             if self.group.has_lost(delivery.record):
                 continue  # its new owner handles it
             self._handle_alone(delivery)
-            self.group.note_done(delivery.record)
+            self.group.note_done([delivery.record])
+            self._pause_when_too_many_fail()
 
     def _handle_alone(self, delivery: Delivery) -> None:
         """One event with its retries; a dead letter when they are used up."""
@@ -193,55 +229,84 @@ class ConsumerProcess:
             raise ConsumerStopped(f"{delivery.event_type} {delivery.event_id}: {error}") from error
         reason = DeadLetter.Reason.PERMANENT if permanent else DeadLetter.Reason.FAILED
 
-        def keep() -> None:
-            if self._mark_processed([delivery]):
-                dead_letters.keep(
-                    self.consumer.name,
-                    delivery,
-                    reason,
-                    f"{type(error).__name__}: {error}",
-                    traceback_text="".join(traceback.format_exception(error)),
-                    attempts=attempts,
-                )
+        def keep() -> bool:
+            if not self._mark_processed([delivery]):
+                return False
+            dead_letters.keep(
+                self.consumer.name,
+                delivery,
+                reason,
+                f"{type(error).__name__}: {error}",
+                traceback_text="".join(traceback.format_exception(error)),
+                attempts=attempts,
+            )
+            return True
 
-        self._in_transaction(keep)
-        self._count_dead_letters([reason])
+        if self._in_transaction(keep):
+            self._count_dead_letters([reason])
 
     def _transaction(self, deliveries: Sequence[Delivery]) -> None:
         """Mark, handle the new ones, commit."""
-        dead: list[DeadLetter.Reason] = []
-        fresh: list[Delivery] = []
 
-        def work() -> None:
-            dead.clear()
-            fresh[:] = self._mark_processed(deliveries)
+        def work() -> tuple[Counter[str], list[DeadLetter.Reason]]:
+            fresh = self._mark_processed(deliveries)
+            handled: Counter[str] = Counter()
+            dead: list[DeadLetter.Reason] = []
+            calls: list[tuple[Record, Handler, Event]] = []
             parked = dead_letters.parked_keys(self.consumer, fresh)
-            handled = []
             for delivery in fresh:
-                if delivery.unreadable is not None:
-                    reason, text = delivery.unreadable.reason, str(delivery.unreadable)
-                elif (delivery.record.topic, delivery.record.key) in parked:
+                if (delivery.record.topic, delivery.record.key) in parked:
                     reason, text = DeadLetter.Reason.BEHIND, "behind an earlier dead letter of the same key"
                 else:
-                    handled.append(delivery)
-                    continue
+                    try:
+                        handler, event = _event(delivery)
+                    except UnreadableRecord as error:
+                        reason, text = error.reason, str(error)
+                    else:
+                        calls.append((delivery.record, handler, event))
+                        handled[event.event_type] += 1
+                        continue
                 dead_letters.keep(self.consumer.name, delivery, reason, text)
                 dead.append(reason)
                 if self.consumer.on_failure == "park_key":
                     parked.add((delivery.record.topic, delivery.record.key))
-            for handler, events in _calls(handled):
-                call_handler(self.consumer.name, handler, events, between=self.group.breathe)
+            if len(deliveries) > 1 and self._guard.would_trip(_failures(dead)):
+                raise TooManyFailures
+            for handler, events in _calls(calls):
+                call_handler(self.consumer.name, handler, events, between=self.group.check)
+            return handled, dead
 
-        self._in_transaction(work)
+        handled, dead = self._in_transaction(work)
+        for event_type, count in handled.items():
+            metrics.CONSUMER_HANDLED.labels(self.consumer.name, event_type).inc(count)
+        self._guard.note_handled(handled.total())
         self._count_dead_letters(dead)
-        for delivery in fresh:
-            if delivery.event is not None:
-                metrics.CONSUMER_HANDLED.labels(self.consumer.name, delivery.event_type).inc()
-        if duplicates := len(deliveries) - len(fresh):
+        if duplicates := len(deliveries) - handled.total() - len(dead):
             metrics.CONSUMER_DUPLICATES.labels(self.consumer.name).inc(duplicates)
 
-    def _in_transaction(self, work: Callable[[], None]) -> None:
-        """Run `work` in one transaction; wait for a database that is away, repeat what was merely disturbed.
+    def _in_transaction(self, work: Callable[[], T]) -> T:
+        """Run `work` in one transaction and then what it gave to `transaction.on_commit()`."""
+
+        def attempt() -> T:
+            self._bound_idleness()
+            is_outermost = not connection.in_atomic_block
+            with transaction.atomic():
+                result = work()
+                # A handler that swallowed a database error has broken the transaction: its commit would be a silent
+                # rollback of the whole batch.
+                connection.validate_no_broken_transaction()
+                if connection.connection.info.transaction_status == TransactionStatus.INERROR:
+                    raise DatabaseError("a handler caught a database error outside an atomic() block of its own")
+                hooks: list[Any] = []
+                if is_outermost:
+                    hooks, connection.run_on_commit = connection.run_on_commit, []
+            self._run_commit_hooks(hooks)
+            return result
+
+        return self._with_database(attempt)
+
+    def _with_database(self, work: Callable[[], T]) -> T:
+        """Run `work`; wait for a database that is away, repeat what was merely disturbed.
 
         A connection lost in the middle is only a disturbance so often: an event whose handling ends the connection
         each time must not block its partition for ever.
@@ -255,23 +320,44 @@ class ConsumerProcess:
                 self.group.wait(RECONNECT_SECONDS)
                 continue
             try:
-                with transaction.atomic():
-                    work()
-                    with connection.cursor() as cursor:
-                        # A handler that swallowed a database error has broken the transaction: its commit would
-                        # be a silent rollback of the whole batch. This raises then.
-                        cursor.execute("SELECT 1")
-                return
-            except OperationalError as error:
+                return work()
+            except (OperationalError, InternalError) as error:
                 if not _is_disturbance(error) or disturbances == _MAX_DISTURBANCES:
                     raise
                 disturbances += 1
+                if not connection.in_atomic_block:
+                    connection.close_if_unusable_or_obsolete()
                 logger.warning("transaction disturbed, repeating it", extra={"error": str(error).strip()})
                 self.group.wait(DISTURBED_SECONDS * disturbances)
 
+    def _bound_idleness(self) -> None:
+        """Let the database end our session when it stands still in a transaction.
+
+        A frozen member would otherwise keep the marks of its batch locked, and the partitions' new owner waiting.
+        """
+        if self._session is not connection.connection and not connection.in_atomic_block:
+            with connection.cursor() as cursor:
+                seconds = outbox_settings().BATCH_TIMEOUT_SECONDS
+                cursor.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, false)", [f"{seconds}s"])
+            self._session = connection.connection
+
+    def _run_commit_hooks(self, hooks: Sequence[Any]) -> None:
+        """Run them all: the effects are committed, and Django itself would stop at the first that raises."""
+        for _, hook, _ in hooks:
+            try:
+                hook()
+            except Exception:
+                logger.exception("a function given to on_commit() failed", extra={"consumer": self.consumer.name})
+                metrics.CONSUMER_COMMIT_HOOK_FAILURES.labels(self.consumer.name).inc()
+
     def _mark_processed(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Insert the processed marks; return the deliveries that had none, each event once, in order."""
-        new = ProcessedEvent.objects.mark(self.consumer.name, [delivery.event_id for delivery in deliveries])
+        event_ids = [delivery.event_id for delivery in deliveries]
+        if self._is_redelivered:
+            known = ProcessedEvent.objects.marked(self.consumer.name, event_ids)
+            event_ids = [event_id for event_id in event_ids if event_id not in known]
+        new = ProcessedEvent.objects.mark(self.consumer.name, event_ids) if event_ids else set()
+        self._is_redelivered = len(new) < len(deliveries) / 2
         fresh = []
         for delivery in deliveries:
             if delivery.event_id in new:
@@ -282,40 +368,65 @@ class ConsumerProcess:
     def _count_dead_letters(self, reasons: Sequence[DeadLetter.Reason]) -> None:
         for reason in reasons:
             metrics.CONSUMER_DEAD_LETTERED.labels(self.consumer.name, reason.value).inc()
+        self._guard.note_failed(_failures(reasons))
+
+    def _pause_when_too_many_fail(self) -> None:
+        """Raise ConsumerPaused, having paused all members, when the guard has had enough."""
+        if self._guard.is_tripped():
+            reason = f"{self._guard}: mend the cause, then resume the consumer and replay the dead letters"
+            self._guard.reset()
+            logger.error("failure guard: the consumer pauses", extra={"consumer": self.consumer.name, "reason": reason})
+            self._with_database(lambda: pauses.pause(self.consumer.name, by="failure guard", reason=reason))
+            self._looked_at_pause = float("-inf")
+            raise ConsumerPaused(reason)
+
+
+def _failures(reasons: Sequence[DeadLetter.Reason]) -> int:
+    """How many of the dead letters are failures of their own."""
+    return len(reasons) - reasons.count(DeadLetter.Reason.BEHIND)
+
+
+def _event(delivery: Delivery) -> tuple[Handler, Event]:
+    """The event as its handler is to see it. Raises UnreadableRecord."""
+    if delivery.unreadable is not None:
+        raise delivery.unreadable
+    assert delivery.base is not None and delivery.route is not None  # noqa: S101  (narrowing)
+    return delivery.route.handler, delivery.record.event(delivery.base, delivery.route.version)
 
 
 def _fields(delivery: Delivery) -> dict[str, Any]:
     return {
-        "event_id": str(delivery.event_id),
+        "event_id": delivery.event_id,
         "event_type": delivery.event_type,
         "tenant_id": delivery.tenant_id,
         "place": f"{delivery.record.topic}/{delivery.record.partition}/{delivery.record.offset}",
     }
 
 
-def _calls(deliveries: Sequence[Delivery]) -> list[tuple[Handler, list[Event]]]:
+def _calls(work: Sequence[tuple[Record, Handler, Event]]) -> list[tuple[Handler, list[Event]]]:
     """Group events into handler calls, as large as the order of each key allows.
 
     Within a key the calls follow the order of the events. Events of different keys owe each other no order, so a
     key's next event may join a call that stands later than its previous one's, never an earlier one.
     """
-    calls: dict[tuple[int, Handler], list[Event]] = {}
+    calls: dict[tuple[int, int], tuple[Handler, list[Event]]] = {}
     last: dict[tuple[str, bytes | None], tuple[int, Handler]] = {}
-    for delivery in deliveries:
-        assert delivery.event is not None and delivery.handler is not None  # noqa: S101  (narrowing)
-        key = (delivery.record.topic, delivery.record.key)
-        wave, handler = last.get(key, (0, delivery.handler))
-        if handler is not delivery.handler:
+    for record, handler, event in work:
+        key = (record.topic, record.key)
+        wave, previous = last.get(key, (0, handler))
+        if previous is not handler:
             wave += 1
-        last[key] = (wave, delivery.handler)
-        calls.setdefault((wave, delivery.handler), []).append(delivery.event)
-    return [(handler, events) for (_, handler), events in sorted(calls.items(), key=lambda call: call[0][0])]
+        last[key] = (wave, handler)
+        calls.setdefault((wave, id(handler)), (handler, []))[1].append(event)
+    return [call for _, call in sorted(calls.items(), key=lambda item: item[0][0])]
 
 
-def _is_disturbance(error: OperationalError) -> bool:
+def _is_disturbance(error: DatabaseError) -> bool:
     """Whether the error speaks of the connection or of other transactions, and not of this one's statements.
 
     The connection itself cannot be asked: leaving the block, Django has replaced it already.
     """
     state = getattr(error.__cause__, "sqlstate", None)
+    if isinstance(error, InternalError):
+        return state == _STOOD_STILL
     return state is None or state.startswith("08") or state in _DISTURBANCES

@@ -112,6 +112,20 @@ class Handler:
         return f"{self.function.__module__}.{self.function.__qualname__}"
 
 
+@dataclass(frozen=True)
+class FailureGuard:
+    max_failed_share: float = 0.5
+    window_events: int = 100
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where an event goes: its handler, and the version that it is upcast to."""
+
+    handler: Handler
+    version: str
+
+
 _tracer = trace.get_tracer(__name__)
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,99}")
 _PATTERN = re.compile(r"\*|[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*(\.\*)?")
@@ -136,6 +150,8 @@ class Consumer:
         topics: Sequence[str] | None = None,
         on_failure: OnFailure = "skip",
         retry: RetryPolicy | None = None,
+        start_at: Literal["earliest", "latest"] | datetime = "earliest",
+        guard: FailureGuard | None = FailureGuard(),
     ) -> None:
         if not _NAME.fullmatch(name):
             raise ValueError(f"consumer name {name!r} must be lower-case letters, digits, - and _")
@@ -147,6 +163,8 @@ class Consumer:
         self.group_id = group_id
         self.on_failure = on_failure
         self.retry = retry or RetryPolicy()
+        self.start_at = start_at
+        self.guard = guard
         self._topics = topics
         self._handlers: dict[str, Handler] = {}
         _consumers[name] = self
@@ -202,6 +220,10 @@ class Consumer:
             if handler := self._handlers.get(f"{domain}.*"):
                 return handler
         return self._handlers.get("*")
+
+    def route(self, event_type: str, version: str) -> Route | None:
+        handler = self.handler_for(event_type)
+        return Route(handler, version) if handler else None
 
     @property
     def event_types(self) -> list[str]:

@@ -4,7 +4,8 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from datetime import datetime
+from typing import Any, Literal, TypeVar
 
 from confluent_kafka import (
     Consumer,
@@ -29,6 +30,8 @@ NO_KAFKA_HINT = "run `make up` in another terminal, or set KAFKA_BOOTSTRAP_SERVE
 Client = TypeVar("Client", Producer, Consumer, AdminClient)
 TellError = Callable[[KafkaError], None]
 
+OFFSETS_SECONDS = 10.0
+_ENDS = {"latest": -1, "earliest": -2}  # what ListOffsets takes for a timestamp
 _SECRET_SETTING = re.compile(r"password|secret|token|jaas|oauthbearer\.config|\.pem$")
 _NO_TOKEN_SECONDS = 5.0
 _REASON_SECONDS = 30.0
@@ -142,6 +145,43 @@ def can_publish_to(topics: Sequence[str]) -> bool:
     except KafkaException:
         return False
     return all(p.leader >= 0 for topic in topics if topic in found for p in found[topic].partitions.values())
+
+
+def can_be_reached() -> bool:
+    """Whether a new client finds the broker within two seconds."""
+    reader = make_reader(lambda _error: None)
+    try:
+        reader.list_topics(timeout=2.0)
+    except KafkaException:
+        return False
+    finally:
+        reader.close()
+    return True
+
+
+def starting_offsets(
+    client: Consumer, partitions: Sequence[TopicPartition], start_at: Literal["earliest", "latest"] | datetime
+) -> dict[tuple[str, int], TopicPartition]:
+    """Where to begin in those of the partitions that the client's group has committed nothing of.
+
+    At a time: with the first record that is not older. Raises KafkaException when the broker does not tell.
+    """
+    committed = _good(client.committed(list(partitions), timeout=OFFSETS_SECONDS))
+    new = [(p.topic, p.partition) for p in committed if p.offset < 0]
+    at = int(start_at.timestamp() * 1000) if isinstance(start_at, datetime) else _ENDS[start_at]
+    starts: dict[tuple[str, int], TopicPartition] = {}
+    for timestamp_ms in (at, _ENDS["latest"]):  # the second round is for partitions with no record as late as that
+        asked = [TopicPartition(*partition, timestamp_ms) for partition in new if partition not in starts]
+        found = _good(client.offsets_for_times(asked, timeout=OFFSETS_SECONDS)) if asked else []
+        starts.update({(p.topic, p.partition): p for p in found if p.offset >= 0})
+    return starts
+
+
+def _good(partitions: list[TopicPartition]) -> list[TopicPartition]:
+    for partition in partitions:
+        if partition.error is not None:
+            raise KafkaException(partition.error)
+    return partitions
 
 
 def _make(client: type[Client], settings: dict[str, Any]) -> Client:
@@ -284,11 +324,13 @@ __all__ = [
     "Message",
     "Producer",
     "TopicPartition",
+    "can_be_reached",
     "can_publish_to",
     "create_topics",
     "make_consumer",
     "make_producer",
     "make_reader",
     "producer_settings",
+    "starting_offsets",
     "without_secrets",
 ]

@@ -1,6 +1,5 @@
 """Tables of the outbox and of the consumers, and the questions asked of them as QuerySet verbs."""
 
-import uuid
 from base64 import b64decode
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -166,8 +165,8 @@ class UndeliverableEvent(models.Model):
 
 
 class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
-    def mark(self, consumer: str, event_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-        """Insert the marks in one statement and return the ids that had none yet.
+    def mark(self, consumer: str, event_ids: Sequence[str]) -> set[str]:
+        """Insert the marks in one statement and return the ids that had none yet. Ids are in canonical text form.
 
         ON CONFLICT settles the race with another member of the group that handles the same event: it waits for that
         transaction and takes the id only if it rolled back.
@@ -175,10 +174,25 @@ class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
         with connection.cursor() as cursor:
             cursor.execute(
                 """INSERT INTO events_outbox_processedevent (consumer, event_id)
-                   SELECT %s, unnest(%s::uuid[]) ON CONFLICT DO NOTHING RETURNING event_id""",
-                [consumer, list(event_ids)],
+                   SELECT %s, unnest(%s::uuid[]) ON CONFLICT DO NOTHING RETURNING event_id::text""",
+                [consumer, _array(event_ids)],
             )
             return {row[0] for row in cursor.fetchall()}
+
+    def marked(self, consumer: str, event_ids: Sequence[str]) -> set[str]:
+        """Return those of the ids that have a mark: for many duplicates cheaper than trying to insert them."""
+        with connection.cursor() as cursor:
+            cursor.execute(
+                """SELECT event_id::text FROM events_outbox_processedevent
+                    WHERE consumer = %s AND event_id = ANY(%s::uuid[])""",
+                [consumer, _array(event_ids)],
+            )
+            return {row[0] for row in cursor.fetchall()}
+
+
+def _array(event_ids: Sequence[str]) -> str:
+    """The ids as the text of one array: as a list it would take several times longer to pass them."""
+    return f"{{{','.join(event_ids)}}}"
 
 
 class ProcessedEvent(models.Model):

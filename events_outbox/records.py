@@ -1,18 +1,21 @@
 """A Kafka record of an event: what the relay writes and what a consumer reads."""
 
 import hashlib
+import re
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC
 
 from google.protobuf.message import DecodeError, Message
 
 from .catalog import event_type_for
 from .exceptions import UnknownEventType
-from .handlers import Event, Handler
+from .handlers import Event, Route
 from .models import DeadLetter
 from .proto.base_event_pb2 import BaseEvent
+
+Headers = Sequence[tuple[str, bytes | None]]
 
 CONTENT_TYPE = f"application/x-protobuf; messageType={BaseEvent.DESCRIPTOR.full_name}"
 _CONTENT_TYPE_BYTES = CONTENT_TYPE.encode()
@@ -28,6 +31,7 @@ HEADER_FIELDS = (
 )
 """Columns of the outbox that become headers of the same name."""
 
+_CANONICAL_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
 _NO_EVENT = uuid.UUID("5b6a1a04-3f0c-5d52-9d7e-0d1c7f2a9d11")
 
 
@@ -63,17 +67,41 @@ class UnreadableRecord(Exception):
         self.reason = reason
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """A consumed record, whole: what a dead letter keeps."""
+    """A consumed record, whole: what a dead letter keeps.
 
-    topic: str
-    partition: int
-    offset: int
-    key: bytes | None
-    value: bytes | None
-    headers: list[tuple[str, bytes | None]] = field(default_factory=list)
-    timestamp_ms: int = -1
+    `headers`: pairs of name and value, or a function that returns them, called when somebody asks: for most records
+    nobody does, and to take them out of the client is what costs most.
+    """
+
+    __slots__ = ("_headers", "key", "offset", "partition", "timestamp_ms", "topic", "value")
+
+    def __init__(
+        self,
+        topic: str,
+        partition: int,
+        offset: int,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Headers | Callable[[], Headers] = (),
+        timestamp_ms: int = -1,
+    ) -> None:
+        self.topic = topic
+        self.partition = partition
+        self.offset = offset
+        self.key = key
+        self.value = value
+        self._headers = headers
+        self.timestamp_ms = timestamp_ms
+
+    def __repr__(self) -> str:
+        return f"Record({self.topic}/{self.partition}/{self.offset})"
+
+    @property
+    def headers(self) -> Headers:
+        if callable(self._headers):
+            self._headers = self._headers()
+        return self._headers
 
     def placeholder_id(self) -> uuid.UUID:
         """An id for a record that has no readable event id: the same record always gives the same one."""
@@ -84,17 +112,21 @@ class Record:
         return {name: (value or b"").decode("latin-1") for name, value in self.headers}
 
     def envelope(self) -> BaseEvent:
-        """Parse the value. Raises UnreadableRecord (unparsable) unless it is a BaseEvent with an event id."""
+        """Parse the value; the event id comes in its canonical form.
+
+        Raises UnreadableRecord (unparsable) unless it is a BaseEvent with an event id.
+        """
         if not self.value:
             raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, "the record has no value")
         try:
             base = BaseEvent.FromString(self.value)
-            uuid.UUID(base.event_id)
+            if not _CANONICAL_UUID(base.event_id):
+                base.event_id = str(uuid.UUID(base.event_id))
         except (DecodeError, ValueError) as error:
             raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"not a BaseEvent: {error}") from None
         return base
 
-    def event(self, base: BaseEvent) -> Event:
+    def event(self, base: BaseEvent, version: str | None = None) -> Event:
         """The event with its typed payload.
 
         Raises UnreadableRecord when the catalog has no such type (unknown_type), or when the payload is another
@@ -143,15 +175,24 @@ def _payload(base: BaseEvent, expected: type[Message]) -> Message:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A record that a consumer has to do something about: handle its event, or keep it as a dead letter."""
+    """A record that a consumer has to do something about: handle its event, or keep it as a dead letter.
+
+    `event_id`: in its canonical text form. `base` and `route` are None where the record is no event to be read.
+    """
 
     record: Record
-    event_id: uuid.UUID
-    event: Event | None = None
-    handler: Handler | None = None
+    event_id: str
+    base: BaseEvent | None = None
+    route: Route | None = None
     unreadable: UnreadableRecord | None = None
-    event_type: str = ""
-    tenant_id: str = ""
+
+    @property
+    def event_type(self) -> str:
+        return self.base.event_type if self.base is not None else ""
+
+    @property
+    def tenant_id(self) -> str:
+        return self.base.tenant_id if self.base is not None else ""
 
 
 def trace_carrier(headers: Mapping[str, str]) -> dict[str, str]:

@@ -90,6 +90,17 @@ CONSUMER_LAG = Gauge(
     ["consumer", "topic", "partition"],
     multiprocess_mode="livemostrecent",
 )
+CONSUMER_LAG_SECONDS = Gauge(
+    "consumer_lag_seconds",
+    "Age of the last event handled in the partition while later ones wait, in seconds; 0 when none waits",
+    ["consumer", "topic", "partition"],
+    multiprocess_mode="livemostrecent",
+)
+CONSUMER_COMMIT_HOOK_FAILURES = Counter(
+    "consumer_commit_hook_failures_total",
+    "Functions given to transaction.on_commit() in a handler that raised; the handler's effects are committed",
+    ["consumer"],
+)
 
 # --- State read at scrape time, by collectors that other packages register ---
 _collectors: list[Collector] = []

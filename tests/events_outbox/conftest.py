@@ -1,14 +1,17 @@
 """Fixtures of the event tests: a reader of the topics, and relays and consumers that run in threads."""
 
+import random
 import threading
 import time
 from contextlib import contextmanager
 
 import pytest
 from django.db import connection, transaction
+from prometheus_client import REGISTRY
 
-from events_outbox import emit_event
+from events_outbox import Consumer, RetryPolicy, emit_event, handlers
 from tests.outbox_writers import aggregates_table
+from tests.topics import TopicReader
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
 
@@ -68,3 +71,62 @@ def eventually(condition, timeout_seconds=20):
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)
     return result
+
+
+QUICK = RetryPolicy(initial_delay_seconds=0.001)
+
+
+@pytest.fixture
+def make_consumer():
+    """Make consumers of their own group, unregistered afterwards."""
+    made = []
+
+    def make(**options):
+        name = f"test-{random.randrange(10**9)}"
+        made.append(name)
+        return Consumer(name, group_id=name, **{"retry": QUICK, **options})
+
+    yield make
+    for name in made:
+        handlers._consumers.pop(name)
+
+
+def group_counter(consumer):
+    """A handler that counts each event in the database; returns what is counted so far, by number."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            """CREATE TABLE IF NOT EXISTS test_count
+               (consumer text, number int, times int, PRIMARY KEY (consumer, number))"""
+        )
+
+    @consumer.handles("conversation.created")
+    def count(event):
+        with connection.cursor() as cursor:
+            cursor.execute(
+                """INSERT INTO test_count VALUES (%s, %s, 1)
+                   ON CONFLICT (consumer, number) DO UPDATE SET times = test_count.times + 1""",
+                [consumer.name, int(event.metadata["number"])],
+            )
+
+    def counts():
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT number, times FROM test_count WHERE consumer = %s", [consumer.name])
+            return dict(cursor.fetchall())
+
+    return counts
+
+
+@pytest.fixture
+def at_the_end(kafka):
+    """Commit, for a consumer's group, the present end of its topics: tests share them."""
+
+    def skip(consumer):
+        reader = TopicReader(kafka.bootstrap_servers, consumer.topics, group_id=consumer.group_id)
+        reader.commit_start()
+        reader.close()
+
+    return skip
+
+
+def counted(name, **labels):
+    return REGISTRY.get_sample_value(name, labels) or 0.0

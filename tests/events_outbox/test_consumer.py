@@ -1,49 +1,25 @@
 """Consumers: effectively once, in order, retries, dead letters, parking, rebalance, stop."""
 
 import contextlib
-import itertools
 import random
-import subprocess
-import threading
+import time
 import uuid
 
 import pytest
-from confluent_kafka import Consumer as Client
-from confluent_kafka import Producer
 from django.contrib.auth.models import Group
 from django.db import IntegrityError, connection, transaction
-from prometheus_client import REGISTRY
 
-from events_outbox import Consumer, PermanentEventError, RetryPolicy, dead_letters, emit_event, handlers
-from events_outbox.consumer import ConsumerProcess, ConsumerStopped
-from events_outbox.membership import Stopping
-from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent, RelayCursor
+from events_outbox import Consumer, PermanentEventError, RetryPolicy, dead_letters, emit_event, pauses
+from events_outbox.consumer import ConsumerPaused, ConsumerProcess, ConsumerStopped
+from events_outbox.handlers import FailureGuard
+from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.records import Record
-from events_outbox.relay import Relay
-from tests.events_outbox.conftest import eventually, in_thread
-from tests.topics import TopicReader
+from tests.events_outbox.conftest import counted
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 from voicehelper.proto.identity_pb2 import UserRegisteredPayload
 
 pytestmark = pytest.mark.django_db(transaction=True)
-
-QUICK = RetryPolicy(initial_delay_seconds=0.001)
-
-
-@pytest.fixture
-def make_consumer():
-    """Make consumers of their own group, unregistered afterwards."""
-    made = []
-
-    def make(**options):
-        name = f"test-{random.randrange(10**9)}"
-        made.append(name)
-        return Consumer(name, group_id=name, **{"retry": QUICK, **options})
-
-    yield make
-    for name in made:
-        handlers._consumers.pop(name)
 
 
 def record_of(row, offset=0):
@@ -52,10 +28,6 @@ def record_of(row, offset=0):
 
 def handle(consumer, records):
     ConsumerProcess(consumer).handle_batch(records)
-
-
-def counted(name, **labels):
-    return REGISTRY.get_sample_value(name, labels) or 0.0
 
 
 def test_effects_happen_once_however_often_a_record_comes(make_consumer, emit):
@@ -215,23 +187,6 @@ def test_a_handler_that_swallows_a_database_error_costs_nobody_elses_effects(mak
     assert set(Group.objects.values_list("name", flat=True)) == {"taken", "g1", "g2"}
     assert DeadLetter.objects.get().reason == "failed"
     assert ProcessedEvent.objects.count() == 3
-
-
-def test_a_long_batch_shows_life_and_can_be_stopped(make_consumer, emit):
-    consumer, ticks, seen = make_consumer(), [], []
-    process = ConsumerProcess(consumer, on_tick=lambda: ticks.append(None))
-
-    @consumer.handles("conversation.created")
-    def on_created(event):
-        seen.append(event)
-        process.group._last_poll -= 2  # as if it had taken two seconds
-        if len(seen) == 10:
-            process.stop()
-
-    with pytest.raises(Stopping):
-        process.handle_batch([record_of(emit(f"c{n}"), n) for n in range(20)])
-    assert len(ticks) >= 9 and len(seen) == 10
-    assert not ProcessedEvent.objects.exists()  # rolled back, to be done again
 
 
 def test_types_without_a_handler_are_skipped_and_counted(make_consumer, emit):
@@ -461,240 +416,96 @@ def test_conflicts_between_transactions_cost_no_retries(make_consumer, emit, mon
     assert len(attempts) == 5 and not DeadLetter.objects.exists()
 
 
-# -- through a broker ------------------------------------------------------------------------------------------------
+def test_functions_given_to_on_commit_run_after_it_and_cost_each_other_nothing(make_consumer, emit):
+    consumer, ran = make_consumer(), []
+
+    @consumer.handles("conversation.created")
+    def on_created(event):
+        def hook():
+            ran.append((event.aggregate_id, Group.objects.count(), connection.in_atomic_block))
+            if event.aggregate_id == "c1":
+                raise ConnectionError("the mail server is away")
+
+        Group.objects.create(name=event.aggregate_id)
+        transaction.on_commit(hook)
+        if event.aggregate_id == "bad":
+            raise PermanentEventError("no")
+        with contextlib.suppress(ValueError), transaction.atomic():
+            transaction.on_commit(lambda: ran.append("of a savepoint that was rolled back"))
+            raise ValueError
+
+    handle(consumer, [record_of(emit(f"c{n}"), n) for n in range(3)])
+    assert ran == [("c0", 3, False), ("c1", 3, False), ("c2", 3, False)]
+    assert counted("consumer_commit_hook_failures_total", consumer=consumer.name) == 1
+    assert ProcessedEvent.objects.count() == 3 and not DeadLetter.objects.exists()
+    handle(consumer, [record_of(emit("bad"), 3)])
+    assert len(ran) == 3, "a hook ran of an event that was rolled back"
 
 
-def group_counter(consumer):
-    """A handler that counts each event in the database; returns what is counted so far, by number."""
+def test_a_member_that_stands_still_in_a_transaction_is_ended_and_the_event_handled_again(
+    make_consumer, emit, settings, monkeypatch
+):
+    """As when its process is frozen: the marks it holds would keep the partition's new owner waiting for ever."""
+    monkeypatch.setattr("events_outbox.consumer.DISTURBED_SECONDS", 0)
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "BATCH_TIMEOUT_SECONDS": 1}
+    connection.close()  # the bound is set when a session begins
+    consumer, attempts = make_consumer(retry=RetryPolicy(max_retries=0)), []
+
+    @consumer.handles("conversation.created")
+    def stand_still(event):
+        attempts.append(event)
+        Group.objects.create(name=event.aggregate_id)
+        if len(attempts) == 1:
+            time.sleep(1.5)
+
+    handle(consumer, [record_of(emit("c1"))])
+    assert len(attempts) == 2 and Group.objects.count() == 1 and not DeadLetter.objects.exists()
+    connection.close()
+
+
+def test_of_a_batch_with_too_many_failures_the_guard_stops_at_the_right_one(make_consumer, emit):
+    consumer, seen = make_consumer(guard=FailureGuard(max_failed_share=0.5, window_events=4)), []
+    consumer.handles("conversation.created")(seen.append)
+    poison = [Record("conversation.events", 0, n, b"k", b"junk") for n in range(5)]
+    process = ConsumerProcess(consumer)
+    with pytest.raises(ConsumerPaused, match="3 of the last 3 events failed"):
+        process.handle_batch([*poison, record_of(emit("c1"), 5)])
+    assert DeadLetter.objects.count() == 3 and not seen and pauses.is_paused(consumer.name)
+    process.handle_batch([*poison[3:], record_of(emit("c2"), 6)])  # resumed: it counts anew
+    assert DeadLetter.objects.count() == 5 and len(seen) == 1
+
+
+def test_without_a_guard_all_failures_become_dead_letters(make_consumer):
+    consumer = make_consumer(guard=None)
+    consumer.handles("conversation.created")(print)
+    handle(consumer, [Record("conversation.events", 0, n, b"k", b"junk") for n in range(300)])
+    assert DeadLetter.objects.count() == 300
+
+
+def test_a_batch_that_was_handled_before_is_looked_up_and_not_inserted(make_consumer, emit, django_assert_num_queries):
+    consumer, seen = make_consumer(), []
+    consumer.handles("conversation.created")(seen.append)
+    records = [record_of(emit(f"c{n}"), n) for n in range(10)]
+    process = ConsumerProcess(consumer)
+    process.handle_batch(records)
+    process.handle_batch(records)  # found out by inserting
     with connection.cursor() as cursor:
-        cursor.execute(
-            """CREATE TABLE IF NOT EXISTS test_count
-               (consumer text, number int, times int, PRIMARY KEY (consumer, number))"""
-        )
-
-    @consumer.handles("conversation.created")
-    def count(event):
-        with connection.cursor() as cursor:
-            cursor.execute(
-                """INSERT INTO test_count VALUES (%s, %s, 1)
-                   ON CONFLICT (consumer, number) DO UPDATE SET times = test_count.times + 1""",
-                [consumer.name, int(event.metadata["number"])],
-            )
-
-    def counts():
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT number, times FROM test_count WHERE consumer = %s", [consumer.name])
-            return dict(cursor.fetchall())
-
-    return counts
+        cursor.execute("SELECT last_value FROM events_outbox_processedevent_id_seq")
+        before = cursor.fetchone()
+        process.handle_batch(records)
+        process.handle_batch([*records[:6], record_of(emit("c11"), 11)])
+        cursor.execute("SELECT last_value - %s FROM events_outbox_processedevent_id_seq", before)
+        assert cursor.fetchone() == (1,)
+    assert len(seen) == 11
+    assert counted("consumer_events_duplicate_total", consumer=consumer.name) == 26
 
 
-@pytest.fixture
-def at_the_end(kafka):
-    """Commit, for a consumer's group, the present end of its topics: tests share them."""
-
-    def skip(consumer):
-        reader = TopicReader(kafka.bootstrap_servers, consumer.topics, group_id=consumer.group_id)
-        reader.commit_start()
-        reader.close()
-
-    return skip
-
-
-def test_records_are_handled_once_and_offsets_committed(make_consumer, emit, at_the_end):
-    consumer = make_consumer()
-    counts = group_counter(consumer)
-    at_the_end(consumer)
-    for number in range(20):
-        emit(f"c{number % 4}", number)
-    Relay().run(until_empty=True)
-    ConsumerProcess(consumer).run(until_idle_seconds=0.5)
-    assert counts() == dict.fromkeys(range(20), 1)
-    ConsumerProcess(consumer).run(until_idle_seconds=0.5)  # nothing comes again
-    assert counted("consumer_events_duplicate_total", consumer=consumer.name) == 0
-
-
-def test_a_poisoned_topic_does_not_stop_the_consumer(make_consumer, emit, at_the_end, kafka):
-    consumer = make_consumer()
-    counts = group_counter(consumer)
-    at_the_end(consumer)
-    unknown = BaseEvent(event_id=str(uuid.uuid4()), event_type="weather.changed", event_version="v1")
-    other_payload = BaseEvent(event_id=str(uuid.uuid4()), event_type="conversation.created", event_version="v1")
-    other_payload.payload.Pack(UserRegisteredPayload(user_id="u"))
-    poison = {
-        b"\xff\x00 junk": "unparsable",
-        b"": "unparsable",
-        None: "unparsable",
-        unknown.SerializeToString(): "unknown_type",
-        other_payload.SerializeToString(): "payload_mismatch",
-    }
-    producer = Producer({"bootstrap.servers": kafka.bootstrap_servers})
-    for value in poison:
-        producer.produce("conversation.events", value, key=b"poison")
-    assert producer.flush(10) == 0
-    emit("c1", 1)
-    Relay().run(until_empty=True)
-    with in_thread(ConsumerProcess(consumer)):
-        eventually(lambda: counts() == {1: 1})
-        eventually(lambda: DeadLetter.objects.filter(consumer=consumer.name).count() == len(poison))
-    kept = {letter.value and bytes(letter.value): letter.reason for letter in DeadLetter.objects.all()}
-    assert kept == poison
-
-
-@pytest.mark.needs_tool("kcat")
-def test_a_header_name_that_is_no_text_does_not_stop_the_consumer(make_consumer, emit, at_the_end, kafka):
-    consumer = make_consumer()
-    counts = group_counter(consumer)
-    at_the_end(consumer)
-    for number in range(50):  # the interpreter calls what it has called often in another way
-        emit("c1", number)
-    Relay().run(until_empty=True)
-    command = ["kcat", "-P", "-b", kafka.bootstrap_servers, "-t", "conversation.events", "-H", b"\xff\xfe=1"]
-    with in_thread(ConsumerProcess(consumer)):
-        eventually(lambda: len(counts()) == 50)
-        subprocess.run(command, input=b"junk", check=True, timeout=30)
-        letter = eventually(lambda: DeadLetter.objects.filter(consumer=consumer.name).first())
-        emit("c1", 50)
-        Relay().run(until_empty=True)
-        eventually(lambda: len(counts()) == 51)
-    assert bytes(letter.value) == b"junk"
-
-
-def test_members_that_come_and_go_lose_and_double_nothing(make_consumer, emit, at_the_end):
-    consumer = make_consumer()
-    counts = group_counter(consumer)
-    at_the_end(consumer)
-    numbers = iter(range(10_000))
-    first, second = ConsumerProcess(consumer, batch_size=7), ConsumerProcess(consumer, batch_size=7)
-
-    def emit_some(count):
-        for number in itertools.islice(numbers, count):
-            emit(f"c{number % 30}", number)
-
-    with in_thread(Relay()), in_thread(first):
-        emit_some(50)
-        eventually(lambda: len(counts()) == 50)
-        with in_thread(second):
-            eventually(lambda: (emit_some(1), first.group.owned and second.group.owned)[1], 60)
-            before = len(counts())
-            emit_some(100)
-            eventually(lambda: len(counts()) >= before + 100)
-            emit_some(50)
-        emit_some(50)
-        total = next(numbers)
-        eventually(lambda: len(counts()) == total, 60)
-    assert counts() == dict.fromkeys(range(total), 1)
-
-
-@pytest.mark.apache_kafka  # the embedded broker rebalances too slowly to come and go within one batch
-def test_a_partition_that_is_lost_and_comes_back_in_one_batch_is_not_skipped(make_consumer, emit, at_the_end, kafka):
-    consumer = make_consumer(retry=RetryPolicy(max_retries=2, initial_delay_seconds=5, multiplier=1))
-    counts = group_counter(consumer)
-    count, attempts, other_left = consumer._handlers.pop("conversation.created").function, [], threading.Event()
-
-    @consumer.handles("conversation.created")
-    def fail_thrice_then_count(event):
-        attempts.append(event)
-        if len(attempts) <= 3:  # in the batch, then alone: two long waits
-            raise ValueError("not yet")
-        count(event)
-        first.stop()  # after this batch: only what it committed tells the next member where to begin
-
-    at_the_end(consumer)
-    for number in range(60):
-        emit(f"c{number}", number)
-    Relay().run(until_empty=True)
-
-    def come_and_go():
-        """Another member takes some of the partitions during the first wait, and leaves during the second."""
-        other = Client(
-            {
-                "bootstrap.servers": kafka.bootstrap_servers,
-                "group.id": consumer.group_id,
-                "partition.assignment.strategy": "cooperative-sticky",
-                "enable.auto.commit": False,
-            }
-        )
-        other.subscribe(consumer.topics)
-        eventually(lambda: (other.poll(0.1), other.assignment())[1], 30)
-        eventually(lambda: len(attempts) >= 3, 30)
-        other.close()
-        other_left.set()
-
-    first = ConsumerProcess(consumer)
-    visitor = threading.Thread(target=come_and_go)
-    with in_thread(first) as running:
-        eventually(lambda: len(attempts) >= 2, 30)
-        visitor.start()
-        running.join(60)
-    visitor.join()
-    assert other_left.is_set()
-    assert 0 < len(counts()) < 60, "some partitions were to be lost, and only some"
-    with in_thread(ConsumerProcess(consumer)):
-        eventually(lambda: counts() == dict.fromkeys(range(60), 1), 60)
-
-
-@pytest.mark.apache_kafka  # the embedded broker rebalances too slowly
-def test_partitions_that_went_during_a_wait_flow_again_when_they_come_back(make_consumer, emit, at_the_end):
-    """The client keeps them paused: as they were when they went."""
-    consumer = make_consumer(retry=RetryPolicy(max_retries=1, initial_delay_seconds=20))
-    counts = group_counter(consumer)
-    count, attempts = consumer._handlers.pop("conversation.created").function, []
-
-    @consumer.handles("conversation.created")
-    def fail_twice_then_count(event):
-        attempts.append(event)
-        if len(attempts) <= 2:  # in the batch, then alone: one long wait
-            raise ValueError("not yet")
-        count(event)
-
-    at_the_end(consumer)
-    emit("c1", 1000)
-    Relay().run(until_empty=True)
-    first, second = ConsumerProcess(consumer), ConsumerProcess(consumer)
-    with in_thread(first):
-        eventually(lambda: len(attempts) == 2, 30)
-        with in_thread(second):
-            eventually(lambda: second.group.owned, 30)
-            eventually(lambda: 1000 in counts(), 60)
-        eventually(lambda: len(first.group.owned) == 6, 30)
-        for number in range(60):
-            emit(f"c{number}", number)
-        Relay().run(until_empty=True)
-        eventually(lambda: set(range(60)) <= set(counts()))
-
-
-@pytest.mark.apache_kafka
-def test_a_broker_frozen_in_mid_batch_does_not_freeze_the_consumer(make_consumer, emit, at_the_end, kafka):
-    consumer, ticks = make_consumer(), []
-    counts = group_counter(consumer)
-    count = consumer._handlers.pop("conversation.created").function
-
-    @consumer.handles("conversation.created")
-    def count_and_freeze(event):
-        kafka.pause()
-        count(event)
-
-    at_the_end(consumer)
-    emit("c1", 0)
-    Relay().run(until_empty=True)
-    with in_thread(ConsumerProcess(consumer, on_tick=lambda: ticks.append(None))):
-        eventually(lambda: counts() == {0: 1})
-        before = len(ticks)
-        eventually(lambda: len(ticks) > before + 3)
-    # in_thread() has stopped it, within half a minute, while the broker was frozen
-
-
-def test_a_consumer_waits_for_a_broker_that_is_away(make_consumer, emit, at_the_end, kafka):
-    consumer = make_consumer()
-    counts = group_counter(consumer)
-    at_the_end(consumer)
-    with in_thread(Relay()), in_thread(ConsumerProcess(consumer)):
-        emit("c1", 0)
-        eventually(lambda: 0 in counts())
-        kafka.pause()
-        emit("c1", 1)
-        eventually(lambda: RelayCursor.read().last_error)
-        kafka.resume()
-        eventually(lambda: 1 in counts(), 60)
-    assert counts() == {0: 1, 1: 1}
+def test_an_event_id_in_another_spelling_is_the_same_event(make_consumer, emit):
+    consumer, seen = make_consumer(), []
+    consumer.handles("conversation.created")(seen.append)
+    row = emit("c1")
+    base = BaseEvent.FromString(bytes(row.value))
+    base.event_id = base.event_id.upper()
+    other = Record("conversation.events", 0, 1, b"c1", base.SerializeToString())
+    handle(consumer, [record_of(row), other])
+    assert len(seen) == 1 and seen[0].event_id == row.event_id
