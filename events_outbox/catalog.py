@@ -6,6 +6,7 @@ Every app registers its types in its `events.py`, found by autodiscovery.
 import difflib
 import re
 from dataclasses import dataclass
+from functools import cached_property
 
 from google.protobuf.message import Message
 
@@ -36,6 +37,11 @@ class EventType:
     @property
     def topic(self) -> str:
         return topic_for(self.name)
+
+    @cached_property
+    def type_url(self) -> str:
+        """What the payload's `Any` says of its message."""
+        return f"type.googleapis.com/{self.payload.DESCRIPTOR.full_name}"
 
 
 _catalog: dict[tuple[str, str], EventType] = {}

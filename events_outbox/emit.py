@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from asgiref.sync import sync_to_async
@@ -36,6 +36,7 @@ TraceFields = tuple[str, str, str]
 Columns = tuple[uuid.UUID, str, str, str, str, str, str, str, str, str, bytes]
 """The values of _COLUMNS."""
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ID_MAX_CHARS = 255
 _COLUMNS = (
     "event_id",
@@ -216,18 +217,24 @@ def _columns(event: NewEvent, trace_fields: TraceFields) -> Columns:
         correlation_id=correlation_id,
         causation_id=_text("causation_id", event.causation_id or (str(cause.event_id) if cause else "")),
     )
-    for name, text in event.metadata.items():
-        base.metadata[_text("metadata key", name, max_chars=None)] = _text(f"metadata[{name!r}]", text, max_chars=None)
+    if event.metadata:
+        metadata = base.metadata
+        for name, text in event.metadata.items():
+            key = _text("metadata key", name, max_chars=None)
+            metadata[key] = _text(f"metadata[{name!r}]", text, max_chars=None)
+    timestamp = base.timestamp
     if event.timestamp is None:
-        base.timestamp.seconds, base.timestamp.nanos = divmod(time.time_ns(), 1_000_000_000)
+        timestamp.seconds, timestamp.nanos = divmod(time.time_ns(), 1_000_000_000)
     elif event.timestamp.tzinfo is None:
         raise InvalidEventField("timestamp needs a time zone, e.g. django.utils.timezone.now()")
     else:
-        base.timestamp.FromDatetime(event.timestamp)
+        since = event.timestamp - _EPOCH  # as Timestamp.FromDatetime() does it, in a fifth of the time
+        timestamp.seconds, timestamp.nanos = since.days * 86_400 + since.seconds, since.microseconds * 1000
 
     # Deterministic: the same event always gives the same bytes (map entries have no order of their own).
-    base.payload.type_url = f"type.googleapis.com/{entry.payload.DESCRIPTOR.full_name}"
-    base.payload.value = event.payload.SerializeToString(deterministic=True)
+    payload = base.payload
+    payload.type_url = entry.type_url
+    payload.value = event.payload.SerializeToString(deterministic=True)
     value = base.SerializeToString(deterministic=True)
     limit = outbox_settings().MAX_EVENT_BYTES
     if len(value) > limit:
@@ -259,6 +266,8 @@ def _default_correlation_id(event_id: str) -> str:
 
 
 def _text(name: str, given: Any, *, required: bool = False, max_chars: int | None = _ID_MAX_CHARS) -> str:
+    if type(given) is str and given.isascii() and 0 < len(given) <= (max_chars or len(given)) and "\x00" not in given:
+        return given  # nearly always
     if isinstance(given, uuid.UUID):
         return str(given)
     if not isinstance(given, str):
@@ -269,8 +278,6 @@ def _text(name: str, given: Any, *, required: bool = False, max_chars: int | Non
         raise InvalidEventField(f"{name} has {len(given)} characters; at most {max_chars} are allowed")
     if "\x00" in given:
         raise InvalidEventField(f"{name} contains a NUL character, which PostgreSQL text cannot hold")
-    if given.isascii():
-        return given
     try:
         given.encode()
     except UnicodeEncodeError:

@@ -119,11 +119,12 @@ REST_FRAMEWORK = {
     "PAGE_SIZE": 50,
 }
 
+_session_ms = int(os.environ.get("KAFKA_SESSION_TIMEOUT_MS", "10000"))
 EVENTS_OUTBOX: dict[str, Any] = {
     "KAFKA": {"bootstrap.servers": SERVICES.kafka_bootstrap_servers, **kafka_security(os.environ)},
     "KAFKA_IS_EMBEDDED": SERVICES.kafka_is_embedded,
     # A consumer that died keeps its partitions for so long; a live one says so from a thread of its own.
-    "KAFKA_CONSUMER": {"session.timeout.ms": int(os.environ.get("KAFKA_SESSION_TIMEOUT_MS", "10000"))},
+    "KAFKA_CONSUMER": {"session.timeout.ms": _session_ms, "heartbeat.interval.ms": _session_ms // 4},
     "ACKS": os.environ.get("KAFKA_ACKS", "all"),
     "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
 }
