@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def captured_events(db: None) -> "CapturedEvents":
-    """The events that the test has emitted so far: see `events_outbox.testing.CapturedEvents`."""
+    """The events emitted since this fixture was set up: see `events_outbox.testing.CapturedEvents`."""
     from .testing import CapturedEvents
 
     return CapturedEvents()

@@ -137,13 +137,7 @@ class Record:
             entry = event_type_for(base.event_type, base.event_version)
         except UnknownEventType as error:
             raise UnreadableRecord(DeadLetter.Reason.UNKNOWN_TYPE, str(error)) from None
-        at = base.timestamp
-        try:
-            # As Timestamp.ToDatetime() does it, in two thirds of the time.
-            timestamp = _EPOCH + timedelta(seconds=at.seconds, microseconds=at.nanos // 1000)
-        except OverflowError as error:
-            raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {error}") from None
-        payload = _payload(base, entry.payload)
+        payload, metadata = _payload(base, entry.payload), base.metadata
         if version is None or version == base.event_version:
             version = base.event_version
         else:
@@ -155,9 +149,9 @@ class Record:
             aggregate_id=base.aggregate_id,
             tenant_id=base.tenant_id,
             user_id=base.user_id,
-            timestamp=timestamp,
+            timestamp=_timestamp(base),
             payload=payload,
-            metadata=dict(base.metadata),
+            metadata={name: metadata[name] for name in metadata},  # dict() takes twice as long
             correlation_id=base.correlation_id,
             causation_id=base.causation_id,
             headers=_TextHeaders(self),
@@ -194,8 +188,21 @@ class _TextHeaders(Mapping[str, str]):
         return repr(self._read())
 
 
+def _timestamp(base: BaseEvent) -> datetime:
+    """In UTC, to the microsecond. Message.ToDatetime() takes twice as long."""
+    given = base.timestamp
+    seconds, nanos = given.seconds, given.nanos
+    try:
+        if 0 <= nanos < 1_000_000_000:
+            return _EPOCH + timedelta(0, seconds, nanos // 1000)
+    except OverflowError:
+        pass
+    raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {seconds} s, {nanos} ns")
+
+
 def _payload(base: BaseEvent, expected: type[Message]) -> Message:
-    name = base.payload.type_url.rpartition("/")[2]
+    carried = base.payload
+    name = carried.type_url.rpartition("/")[2]
     if name != expected.DESCRIPTOR.full_name:
         raise UnreadableRecord(
             DeadLetter.Reason.PAYLOAD_MISMATCH,
@@ -203,7 +210,7 @@ def _payload(base: BaseEvent, expected: type[Message]) -> Message:
             f"not {expected.DESCRIPTOR.full_name}",
         )
     try:
-        return expected.FromString(base.payload.value)
+        return expected.FromString(carried.value)
     except DecodeError as error:
         raise UnreadableRecord(DeadLetter.Reason.PAYLOAD_MISMATCH, f"damaged {name}: {error}") from None
 

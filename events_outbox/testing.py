@@ -45,11 +45,12 @@ _offsets = itertools.count()
 class CapturedEvents(Sequence[Event[Any]]):
     """Events emitted since a moment, in order, as they were emitted: no upcaster has touched them.
 
-    What was rolled back is not among them; what another thread has committed is.
+    What was rolled back is not among them; what another thread has committed is. `after_id`: id of the outbox row to
+    begin after; None means now.
     """
 
-    def __init__(self) -> None:
-        self._after = _last_id()
+    def __init__(self, after_id: int | None = None) -> None:
+        self._after = _last_id() if after_id is None else after_id
         self._kept: list[Event[Any]] | None = None
 
     def of(self, *event_types: str) -> list[Event[Any]]:

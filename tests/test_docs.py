@@ -12,10 +12,10 @@ from django.db import connection
 from events_outbox import catalog, handlers
 
 GUIDE = Path(__file__).parent.parent / "docs" / "handlers.md"
-BLOCKS = re.findall(r"^```(python|proto)\n(?:#|//) (shop/\S+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
-TESTS = re.findall(
-    r"^def (test_\w+)", "".join(text for _, path, text in BLOCKS if path == "shop/tests.py"), re.MULTILINE
-)
+BLOCK = re.compile(r"^```(?:python|proto)\n(?:#|//) (shop/\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TEST = re.compile(r"^(@pytest.mark.django_db\(transaction=True\)\n)?def (test_\w+)", re.MULTILINE)
+BLOCKS = BLOCK.findall(GUIDE.read_text())
+TESTS = TEST.findall("".join(text for path, text in BLOCKS if path == "shop/tests.py"))
 # What the guide takes for granted.
 MODELS = """
 from django.db import models
@@ -42,35 +42,43 @@ def count(number):
 """
 
 
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory, django_db_setup, django_db_blocker):
-    """The module `shop.tests`; the app's event types, consumers and table are gone afterwards."""
+REGISTRIES = (catalog._catalog, catalog._upcasters, handlers._consumers)
+
+
+@pytest.fixture(scope="session")
+def guide(tmp_path_factory, django_db_setup, django_db_blocker):
+    """The module `shop.tests`, and what the app has registered; taken out again."""
     root = tmp_path_factory.mktemp("guide")
     (root / "shop" / "proto").mkdir(parents=True)
     (root / "shop" / "models.py").write_text(MODELS)
     (root / "shop" / "gateway.py").write_text(GATEWAY)
-    for _, path, text in BLOCKS:
+    for path, text in BLOCKS:
         with (root / path).open("a") as file:
             file.write(text)
     protoc = [sys.executable, "-m", "grpc_tools.protoc", "-I.", "--python_out=.", "shop/proto/order.proto"]
     subprocess.run(protoc, cwd=root, check=True)
-    types, upcasters, consumers = dict(catalog._catalog), dict(catalog._upcasters), dict(handlers._consumers)
+    before = [dict(registry) for registry in REGISTRIES]
     sys.path.insert(0, str(root))
     try:
         tests = importlib.import_module("shop.tests")
-        with django_db_blocker.unblock():
-            with connection.schema_editor() as editor:
-                editor.create_model(tests.Invoice)
-            yield tests
-            with connection.schema_editor() as editor:
-                editor.delete_model(tests.Invoice)
     finally:
         sys.path.remove(str(root))
-        for registry, before in (
-            (catalog._catalog, types), (catalog._upcasters, upcasters), (handlers._consumers, consumers)
-        ):  # fmt: skip
-            registry.clear()
-            registry.update(before)
+    registered = []
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registered.append({key: registry.pop(key) for key in set(registry) - set(entries)})
+    with django_db_blocker.unblock(), connection.schema_editor() as editor:
+        editor.create_model(tests.Invoice)
+    return tests, registered
+
+
+@pytest.fixture
+def shop(guide, monkeypatch):
+    """The module `shop.tests`, with its app in place for one test."""
+    tests, registered = guide
+    for registry, entries in zip(REGISTRIES, registered, strict=True):
+        for key, entry in entries.items():
+            monkeypatch.setitem(registry, key, entry)
+    return tests
 
 
 def test_every_block_is_part_of_the_app():
@@ -78,11 +86,12 @@ def test_every_block_is_part_of_the_app():
     assert len(TESTS) >= 7
 
 
-@pytest.mark.parametrize("name", TESTS)
+# Which tests use the database how, and so when they run, is to be known before the module is imported.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.django_db(transaction=bool(mark))) for mark, name in TESTS]
+)
 def test_the_guides_own_tests(shop, request, name):
-    test = getattr(shop, name)
-    is_transactional = any(mark.kwargs.get("transaction") for mark in getattr(test, "pytestmark", []))
-    request.getfixturevalue("transactional_db" if is_transactional else "db")
     shop.Invoice.objects.all().delete()  # the table of no installed app: nobody else empties it
+    test = getattr(shop, name)
     parameters = test.__code__.co_varnames[: test.__code__.co_argcount]
     test(**{parameter: request.getfixturevalue(parameter) for parameter in parameters})

@@ -15,7 +15,7 @@ from tests.benchmarks.report import Row, exit_code, markdown, table, write_json
 from tests.benchmarks.services import Services
 
 ROOT = Path(__file__).resolve().parents[2]
-PARTS = ("relay", "table", "transaction", "latency", "memory", "idle", "emit", "size", "claims")
+PARTS = ("relay", "table", "transaction", "latency", "memory", "idle", "emit", "size", "consumer", "claims")
 
 
 def main() -> int:

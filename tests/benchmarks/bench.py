@@ -6,7 +6,9 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +17,8 @@ from typing import Any
 
 import psutil
 import psycopg
-from confluent_kafka import Consumer, Message, TopicPartition
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import Consumer, ConsumerGroupState, Message, TopicPartition
+from confluent_kafka.admin import AdminClient, NewTopic
 
 from tests.benchmarks.services import Services
 from voicehelper.services import BASE_DIR
@@ -44,6 +46,11 @@ class Scale:
     emits: int = 1_000
     bulk_emits: int = 20
     traffic_events: int = 50_000
+    consumed_events: int = 100_000
+    consumed_singly: int = 20_000
+    consumed_waiting: int = 6_000
+    redelivered_events: int = 1_000_000
+    processed_rows: int = 10_000_000
 
 
 FULL = Scale()
@@ -60,6 +67,11 @@ QUICK = Scale(
     emits=50,
     bulk_emits=2,
     traffic_events=2_000,
+    consumed_events=4_000,
+    consumed_singly=1_000,
+    consumed_waiting=300,
+    redelivered_events=6_000,
+    processed_rows=20_000,
 )
 
 
@@ -89,7 +101,7 @@ class Bench:
     def call(self, job: Callable[..., Any], *, url: str | None = None, **arguments: Any) -> Any:
         """Run a function of a part in a fresh process, on the database at `url`, and return what it returned."""
         name = f"{job.__module__}:{job.__qualname__}"
-        log_path = self.services.data_dir / "job.log"
+        log_path = self.services.data_dir / f"job.{threading.get_ident()}.log"  # jobs may run beside each other
         with log_path.open("wb") as log:
             result = subprocess.run(
                 [sys.executable, "-m", "tests.benchmarks.job", name, json.dumps(arguments)],
@@ -110,13 +122,28 @@ class Bench:
     @contextmanager
     def relay(self, url: str, *arguments: str) -> Iterator[psutil.Process]:
         """A relay as it is deployed; yielded once it leads."""
-        command = [sys.executable, "manage.py", "relay_outbox", *arguments]
-        log = self.services.log
-        process = subprocess.Popen(command, cwd=BASE_DIR, env=self._environment(url), stdout=log, stderr=log)
-        try:
+        with self._deployed(url, "relay_outbox", *arguments) as process:
             with psycopg.connect(url, autocommit=True) as connection:
                 wait_until(lambda: _relay_leads(connection) or process.poll() is not None)
             yield psutil.Process(process.pid)
+
+    @contextmanager
+    def consumer(self, url: str, name: str, **environment: str) -> Iterator[psutil.Process]:
+        """A consumer of `event_handlers.py` as it is deployed; yielded once it has its partitions. Its group's id is
+        its name."""
+        settings = "tests.benchmarks.settings"
+        with self._deployed(url, "consume", name, DJANGO_SETTINGS_MODULE=settings, **environment) as process:
+            self.wait_for_members(name, 1)
+            yield psutil.Process(process.pid)
+
+    @contextmanager
+    def _deployed(self, url: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+        command = [sys.executable, "manage.py", *arguments]
+        log = self.services.log
+        environment = {**self._environment(url), **environment}
+        process = subprocess.Popen(command, cwd=BASE_DIR, env=environment, stdout=log, stderr=log)
+        try:
+            yield process
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -179,6 +206,35 @@ class Bench:
             records += got
         self._topic_reader.unassign()
         return records
+
+    @contextmanager
+    def topic(self) -> Iterator[str]:
+        """A topic of its own, removed in the end."""
+        name = f"bench.{uuid.uuid4().hex}"
+        admin = self.admin()
+        admin.create_topics([NewTopic(name, num_partitions=6)])[name].result(timeout=30)
+        try:
+            yield name
+        finally:
+            admin.delete_topics([name])[name].result(timeout=30)
+
+    def wait_for_members(self, group_id: str, count: int) -> None:
+        """Return when the group has so many members and each has partitions."""
+        admin = self.admin()
+
+        def are_there() -> bool:
+            group = admin.describe_consumer_groups([group_id], request_timeout=30)[group_id].result()
+            assigned = [member.assignment and member.assignment.topic_partitions for member in group.members]
+            return group.state == ConsumerGroupState.STABLE and len(assigned) == count and all(assigned)
+
+        wait_until(are_there)
+
+    def begin_at_end(self, group_id: str) -> None:
+        """Commit the topics' ends as the group's offsets: it is to leave alone what earlier parts published."""
+        client = Consumer({"bootstrap.servers": self.bootstrap_servers, "group.id": group_id, "log_level": 0})
+        offsets = [TopicPartition(topic, number, end) for (topic, number), end in self.ends().items()]
+        client.commit(offsets=offsets, asynchronous=False)
+        client.close()
 
     def log_bytes(self, topics: Sequence[str] = TOPICS) -> int:
         """Bytes of these topics' records on the broker's disk: their log segments, without the indexes."""

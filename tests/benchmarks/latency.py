@@ -4,12 +4,13 @@ import random
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import fields
 
 from confluent_kafka import Producer
 from confluent_kafka.admin import AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 
-from tests.benchmarks.bench import TOPICS, Bench
+from tests.benchmarks.bench import TOPICS, Bench, Scale
 from tests.benchmarks.report import Row, median_and_spread, number, percentile
 from tests.benchmarks.size import json_bytes
 
@@ -40,12 +41,7 @@ def run(bench: Bench) -> list[Row]:
     appended_ms = {dict(record.headers())["event_id"].decode(): record.timestamp()[1] for record in records}
     if len(appended_ms) != len(committed):
         raise RuntimeError(f"{len(appended_ms)} of {len(committed)} events came")
-    rounds: list[list[float]] = [[] for _ in range(scale.rounds)]
-    begin = min(at for _, at in committed) + WARM_UP_SECONDS
-    for event_id, at in committed:
-        which = int((at - begin) // scale.latency_seconds)
-        if at >= begin and which < scale.rounds:
-            rounds[which].append(appended_ms[event_id] - at * 1000 + ack_ms)
+    rounds = by_round(scale, [(at, appended_ms[event_id] - at * 1000 + ack_ms) for event_id, at in committed])
     rate = sum(map(len, rounds)) / (scale.rounds * scale.latency_seconds)
     how = (
         f"{number(rate)} events/s by {WRITERS} writers at random intervals, a transaction each; the clock starts when "
@@ -73,6 +69,17 @@ def run(bench: Bench) -> list[Row]:
             "key and headers count, the JSON has none",
         ),
     ]
+
+
+def by_round(scale: Scale, measured: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Latencies of each round, from pairs of the time of commit and the latency; the warming up is left out."""
+    rounds: list[list[float]] = [[] for _ in range(scale.rounds)]
+    begin = min(at for at, _ in measured) + WARM_UP_SECONDS
+    for at, latency in measured:
+        which = int((at - begin) // scale.latency_seconds)
+        if at >= begin and which < scale.rounds:
+            rounds[which].append(latency)
+    return rounds
 
 
 def _set_timestamp_type(bench: Bench, timestamp_type: str) -> None:

@@ -10,6 +10,7 @@ from django.db import connection, transaction
 from prometheus_client import REGISTRY
 
 from events_outbox import Consumer, RetryPolicy, catalog, emit_event, handlers
+from tests.consumer_groups import ConsumerGroup
 from tests.outbox_writers import aggregates_table
 from tests.topics import TopicReader
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
@@ -59,6 +60,14 @@ def own_catalog(monkeypatch):
 def aggregates():
     with aggregates_table():
         yield
+
+
+@pytest.fixture
+def group(kafka):
+    """A consumer that nobody runs, its group and its topic: see `tests.consumer_groups`. Needs Apache Kafka."""
+    group = ConsumerGroup(kafka.bootstrap_servers)
+    yield group
+    group.close()
 
 
 @contextmanager
