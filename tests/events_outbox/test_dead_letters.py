@@ -439,10 +439,31 @@ def test_what_waited_behind_a_closed_letter_is_released_in_order(parking, parked
     assert parking.effects[-1] == ("a", 4) and release(parking.consumer) == 0
 
 
-def test_letters_of_a_key_that_are_discarded_together_are_not_released(parking, parked):
+def test_letters_of_a_key_that_are_discarded_together_are_not_released(parking, parked, aside, monkeypatch):
+    lock = letter_actions.dead_letters.lock
+
+    def lock_after_a_release(*arguments):
+        aside(release, parking.consumer).result(20)
+        return lock(*arguments)
+
+    monkeypatch.setattr(letter_actions.dead_letters, "lock", lock_after_a_release)
     discard(ids(*parked[:2]), reason="test data", by="alice")
+    monkeypatch.undo()
     assert release(parking.consumer) == 1
     assert parking.effects == [("a", 2)]
+
+
+def test_release_leaves_alone_what_has_failed_since_it_looked(parking, parked):
+    discard(ids(parked[0]), reason="test data", by="alice")
+    parking.broken["a", 1] = PermanentEventError("bad")
+
+    def replay_in_vain():
+        with pytest.raises(ReplayFailed):
+            replay_one(letter_of(parked[1]).pk, by="bob")
+        return False
+
+    assert release(parking.consumer, should_stop=replay_in_vain) == 0
+    assert parking.calls == [("a", 1)] and letter_of(parked[1]).failed_by == "bob"
 
 
 def test_a_running_consumer_releases(parking, parked):
