@@ -180,7 +180,7 @@ class ConsumerHarness(Harness):
             for member in leaving:
                 see_it_end(self, member)
 
-    member_batch_size = 50
+    member_batch_size = 100
 
     def _found_groups(self):
         """New groups, which begin at the end of the topics: what was before is no business of theirs."""
