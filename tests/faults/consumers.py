@@ -32,6 +32,7 @@ from voicehelper.services import BASE_DIR
 
 MEMBER_MEMORY_BYTES = 250_000_000
 MOST_MEMBERS = 4
+MEMBER_BATCH_SIZE = 100
 EMITTED, FURTHER = "conversation.created", "notification.created"
 """What the writers emit, and what the handlers do."""
 HANDLED = {"skipping": [EMITTED, FURTHER], "parking": [EMITTED]}
@@ -176,11 +177,9 @@ class ConsumerHarness(Harness):
             for _ in range(count - len(members)):
                 environment = self._environment(self.postgres_proxy, MEMBERS) | {"EFFECTS_GROUP": self._group}
                 number = next(self._serial)
-                self.members.append(Member(number, consumer, self.directory, environment, self.member_batch_size))
+                self.members.append(Member(number, consumer, self.directory, environment, MEMBER_BATCH_SIZE))
             for member in leaving:
                 see_it_end(self, member)
-
-    member_batch_size = 50
 
     def _found_groups(self):
         """New groups, which begin at the end of the topics: what was before is no business of theirs."""
@@ -310,12 +309,12 @@ class ConsumerHarness(Harness):
 
     def _held(self, consumer):
         """The events that must be dead letters: those that fail, and with parking what comes behind them."""
-        held, parked = set(), {}
+        held, parked = set(), set()
         for event in sorted(self.ledger.committed.values(), key=lambda event: event.number):
             if fates.fails(consumer, event.event_id, event.aggregate) or event.aggregate in parked:
                 held.add(event.event_id)
                 if consumer == "parking":
-                    parked[event.aggregate] = True
+                    parked.add(event.aggregate)
         return held
 
     def _judge_effects(self, run, consumer, held):

@@ -6,7 +6,7 @@ import time
 
 from django.db import connection, transaction
 
-from events_outbox import Consumer, PermanentEventError, RetryPolicy, emit_event
+from events_outbox import Consumer, PermanentEventError, emit_event
 from voicehelper.conversations.events import CONVERSATION_CREATED
 from voicehelper.notifications.events import NOTIFICATION_CREATED
 from voicehelper.proto.notification_pb2 import NotificationCreatedPayload
@@ -14,10 +14,9 @@ from voicehelper.proto.notification_pb2 import NotificationCreatedPayload
 from . import fates
 
 _GROUP = os.environ.get("EFFECTS_GROUP", "effects")  # each run that begins without members has its own
-_RETRY = RetryPolicy(initial_delay_seconds=0.02)
 
-skipping = Consumer("skipping", group_id=f"{_GROUP}-skipping", on_failure="skip", retry=_RETRY)
-parking = Consumer("parking", group_id=f"{_GROUP}-parking", on_failure="park_key", retry=_RETRY)
+skipping = Consumer("skipping", group_id=f"{_GROUP}-skipping", on_failure="skip")
+parking = Consumer("parking", group_id=f"{_GROUP}-parking", on_failure="park_key")
 
 
 @skipping.handles(CONVERSATION_CREATED)
