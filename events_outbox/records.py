@@ -5,6 +5,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import lru_cache
 
 from google.protobuf.message import DecodeError, Message
 
@@ -56,6 +57,12 @@ def headers_for(fields: Sequence[bytes]) -> dict[str, str | bytes | None]:
     return headers
 
 
+@lru_cache(maxsize=10_000)  # a batch's: each is asked for when it is parsed, and again when it is handled
+def event_id_of(text: str) -> uuid.UUID:
+    """The event id. Raises ValueError for what is none."""
+    return uuid.UUID(text)
+
+
 class UnreadableRecord(Exception):
     """A record that is no event this process can read. `reason` is a `DeadLetter.Reason`."""
 
@@ -90,7 +97,7 @@ class Record:
             raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, "the record has no value")
         try:
             base = BaseEvent.FromString(self.value)
-            uuid.UUID(base.event_id)
+            event_id_of(base.event_id)
         except (DecodeError, ValueError) as error:
             raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"not a BaseEvent: {error}") from None
         return base
@@ -111,7 +118,7 @@ class Record:
         else:
             payload = _upcast(base, payload, version)
         return Event(
-            event_id=uuid.UUID(base.event_id),
+            event_id=event_id_of(base.event_id),
             event_type=base.event_type,
             event_version=version,
             aggregate_id=base.aggregate_id,
