@@ -215,7 +215,12 @@ class Consumer:
     @property
     def handlers(self) -> list[tuple[str, str | None, Handler]]:
         """What is registered: event type or pattern, the version it is for (None: any), the handler."""
-        return [(event_type, None, handler) for event_type, handler in sorted(self._handlers.items())]
+        by_version = {None: self._handlers, **self._version_handlers}
+        return [
+            (event_type, version, handler)
+            for version, handlers in by_version.items()
+            for event_type, handler in sorted(handlers.items())
+        ]
 
     def __repr__(self) -> str:
         return f"Consumer({self.name!r}, group_id={self.group_id!r})"
