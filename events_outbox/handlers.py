@@ -215,7 +215,7 @@ class Consumer:
     @property
     def handlers(self) -> list[tuple[str, str | None, Handler]]:
         """What is registered: event type or pattern, the version it is for (None: any), the handler."""
-        by_version = {None: self._handlers, **self._version_handlers}
+        by_version: dict[str | None, dict[str, Handler]] = {None: self._handlers, **self._version_handlers}
         return [
             (event_type, version, handler)
             for version, handlers in by_version.items()
