@@ -215,11 +215,12 @@ class Consumer:
     @property
     def handlers(self) -> list[tuple[str, str | None, Handler]]:
         """What is registered: event type or pattern, the version it is for (None: any), the handler."""
-        by_version: dict[str | None, dict[str, Handler]] = {None: self._handlers, **self._version_handlers}
+        by_version: list[tuple[str | None, dict[str, Handler]]] = [(None, self._handlers)]
+        by_version += sorted(self._version_handlers.items())
         return [
-            (event_type, version, handler)
-            for version, handlers in by_version.items()
-            for event_type, handler in sorted(handlers.items())
+            (event_type, version, handlers[event_type])
+            for version, handlers in by_version
+            for event_type in sorted(handlers)
         ]
 
     def __repr__(self) -> str:
