@@ -27,7 +27,7 @@ up: $(INSTALLED) ## run everything on this machine; KAFKA=apache for Apache Kafk
 test: $(INSTALLED) ## the whole test suite; ARGS="-k relay -x" goes to pytest
 	$(VENV_PYTHON) -m pytest $(ARGS)
 
-soak: $(INSTALLED) ## the relay under faults mixed at random for SECONDS=600, then 500,000 events at once; SEED= repeats
+soak: $(INSTALLED) ## relay and consumers under faults mixed for SECONDS=600 in all, then 500,000 events at once; SEED= repeats
 	SOAK_SECONDS=$(SECONDS) SOAK_SEED=$(SEED) $(VENV_PYTHON) -m pytest -m soak -s $(ARGS) tests/faults/test_soak.py
 
 bench: $(INSTALLED) ## speed and size, a table and build/bench.json; ONLY=relay is a part, DOC=1 writes docs/benchmarks.md

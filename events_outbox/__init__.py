@@ -24,13 +24,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .catalog import register_event
+    from .catalog import register_event, upcasts
+    from .decorators import logged, retrying
     from .emit import NewEvent, aemit_event, emit_event, emit_events
     from .exceptions import EventContractError, NotInTransaction, PermanentEventError
-    from .handlers import Consumer, Event, RetryPolicy
+    from .handlers import Consumer, Event
+    from .policies import FailureGuard, RetryPolicy
 
 _HOMES = {
     "register_event": "catalog",
+    "upcasts": "catalog",
+    "logged": "decorators",
+    "retrying": "decorators",
     "NewEvent": "emit",
     "aemit_event": "emit",
     "emit_event": "emit",
@@ -40,7 +45,8 @@ _HOMES = {
     "PermanentEventError": "exceptions",
     "Consumer": "handlers",
     "Event": "handlers",
-    "RetryPolicy": "handlers",
+    "FailureGuard": "policies",
+    "RetryPolicy": "policies",
 }
 
 
@@ -55,6 +61,7 @@ __all__ = [
     "Consumer",
     "Event",
     "EventContractError",
+    "FailureGuard",
     "NewEvent",
     "NotInTransaction",
     "PermanentEventError",
@@ -62,5 +69,8 @@ __all__ = [
     "aemit_event",
     "emit_event",
     "emit_events",
+    "logged",
     "register_event",
+    "retrying",
+    "upcasts",
 ]

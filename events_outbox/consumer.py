@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from django.db import DatabaseError, InternalError, OperationalError, connection, transaction
-from psycopg.pq import TransactionStatus
+from django.db import InternalError, OperationalError, connection
 
 from monitoring import metrics
 
-from . import dead_letters, pauses
+from . import dead_letters, letter_actions, pauses
 from .catalog import event_types
 from .conf import outbox_settings
 from .exceptions import PermanentEventError
@@ -27,6 +26,7 @@ from .kafka import KafkaException
 from .membership import ClientBroken, Membership, Stopping
 from .models import DeadLetter, ProcessedEvent
 from .records import Delivery, Record, UnreadableRecord
+from .transactions import in_transaction, is_disturbance
 
 logger = logging.getLogger(__name__)
 
@@ -36,10 +36,6 @@ RECONNECT_SECONDS = 1.0
 DISTURBED_SECONDS = 0.05
 PAUSE_SECONDS = 1.0
 RELEASE_SECONDS = 2.0
-# They say nothing about the event, so trying again costs it no retries: serialization failure, deadlock; server
-# shutdown, crash and start, session ended; too many connections.
-_DISTURBANCES = frozenset({"40001", "40P01", "57P01", "57P02", "57P03", "57P05", "53300"})
-_STOOD_STILL = "25P03"  # idle_in_transaction_session_timeout, which psycopg calls an internal error
 _MAX_DISTURBANCES = 20
 
 
@@ -147,7 +143,7 @@ class ConsumerProcess:
         if self.consumer.on_failure != "park_key" or time.monotonic() - self._released < RELEASE_SECONDS:
             return
         with self.group.busy():
-            self._with_database(lambda: dead_letters.release(self.consumer, lambda: self.group.stopping))
+            self._with_database(lambda: letter_actions.release(self.consumer, lambda: self.group.stopping))
         self._released = time.monotonic()
 
     def handle_batch(self, records: Sequence[Record]) -> None:
@@ -268,7 +264,7 @@ class ConsumerProcess:
                         continue
                 dead_letters.keep(self.consumer.name, delivery, reason, text)
                 dead.append(reason)
-                if self.consumer.on_failure == "park_key":
+                if self.consumer.on_failure == "park_key" and delivery.record.key is not None:
                     parked.add((delivery.record.topic, delivery.record.key))
             if len(deliveries) > 1 and self._guard.would_trip(_failures(dead)):
                 raise TooManyFailures
@@ -289,19 +285,7 @@ class ConsumerProcess:
 
         def attempt() -> T:
             self._bound_idleness()
-            is_outermost = not connection.in_atomic_block
-            with transaction.atomic():
-                result = work()
-                # A handler that swallowed a database error has broken the transaction: its commit would be a silent
-                # rollback of the whole batch.
-                connection.validate_no_broken_transaction()
-                if connection.connection.info.transaction_status == TransactionStatus.INERROR:
-                    raise DatabaseError("a handler caught a database error outside an atomic() block of its own")
-                hooks: list[Any] = []
-                if is_outermost:
-                    hooks, connection.run_on_commit = connection.run_on_commit, []
-            self._run_commit_hooks(hooks)
-            return result
+            return in_transaction(self.consumer.name, work)
 
         return self._with_database(attempt)
 
@@ -322,7 +306,7 @@ class ConsumerProcess:
             try:
                 return work()
             except (OperationalError, InternalError) as error:
-                if not _is_disturbance(error) or disturbances == _MAX_DISTURBANCES:
+                if not is_disturbance(error) or disturbances == _MAX_DISTURBANCES:
                     raise
                 disturbances += 1
                 if not connection.in_atomic_block:
@@ -340,15 +324,6 @@ class ConsumerProcess:
                 seconds = outbox_settings().BATCH_TIMEOUT_SECONDS
                 cursor.execute("SELECT set_config('idle_in_transaction_session_timeout', %s, false)", [f"{seconds}s"])
             self._session = connection.connection
-
-    def _run_commit_hooks(self, hooks: Sequence[Any]) -> None:
-        """Run them all: the effects are committed, and Django itself would stop at the first that raises."""
-        for _, hook, _ in hooks:
-            try:
-                hook()
-            except Exception:
-                logger.exception("a function given to on_commit() failed", extra={"consumer": self.consumer.name})
-                metrics.CONSUMER_COMMIT_HOOK_FAILURES.labels(self.consumer.name).inc()
 
     def _mark_processed(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
         """Insert the processed marks; return the deliveries that had none, each event once, in order."""
@@ -419,14 +394,3 @@ def _calls(work: Sequence[tuple[Record, Handler, Event]]) -> list[tuple[Handler,
         last[key] = (wave, handler)
         calls.setdefault((wave, id(handler)), (handler, []))[1].append(event)
     return [call for _, call in sorted(calls.items(), key=lambda item: item[0][0])]
-
-
-def _is_disturbance(error: DatabaseError) -> bool:
-    """Whether the error speaks of the connection or of other transactions, and not of this one's statements.
-
-    The connection itself cannot be asked: leaving the block, Django has replaced it already.
-    """
-    state = getattr(error.__cause__, "sqlstate", None)
-    if isinstance(error, InternalError):
-        return state == _STOOD_STILL
-    return state is None or state.startswith("08") or state in _DISTURBANCES

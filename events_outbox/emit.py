@@ -34,11 +34,11 @@ from .proto.base_event_pb2 import BaseEvent
 TraceFields = tuple[str, str, str]
 """traceparent, tracestate, baggage."""
 Columns = tuple[uuid.UUID, str, str, str, str, str, str, str, str, str, bytes]
-"""The values of _COLUMNS."""
+"""The values of COLUMNS."""
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _ID_MAX_CHARS = 255
-_COLUMNS = (
+COLUMNS = (
     "event_id",
     "event_type",
     "event_version",
@@ -51,15 +51,15 @@ _COLUMNS = (
     "baggage",
     "value",
 )
-_FIELDS = ("id", "transaction_id", *_COLUMNS[:-1], "created_at", "value")
-_TARGET = f"events_outbox_outboxevent ({', '.join(_COLUMNS)})"
+_FIELDS = ("id", "transaction_id", *COLUMNS[:-1], "created_at", "value")
+_TARGET = f"events_outbox_outboxevent ({', '.join(COLUMNS)})"
 _INSERT_SQL = (
-    f"INSERT INTO {_TARGET} VALUES ({', '.join(['%s'] * len(_COLUMNS))}) RETURNING id, transaction_id::text, created_at"
+    f"INSERT INTO {_TARGET} VALUES ({', '.join(['%s'] * len(COLUMNS))}) RETURNING id, transaction_id::text, created_at"
 )
 _COPY_SQL = f"COPY {_TARGET} FROM STDIN (FORMAT binary)"
 _LENGTH = struct.Struct(">i").pack
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
-_COPY_ROW = struct.pack(">hi", len(_COLUMNS), 16)  # the first field, a UUID, has 16 bytes
+_COPY_ROW = struct.pack(">hi", len(COLUMNS), 16)  # the first field, a UUID, has 16 bytes
 _COPY_TRAILER = struct.pack(">h", -1)
 
 
@@ -121,7 +121,7 @@ def emit_event(
         timestamp=timestamp,
     )
     _require_transaction()
-    columns = _columns(event, _trace_fields())
+    columns = columns_of(event, _trace_fields())
     with connection.cursor() as cursor:
         cursor.execute(_INSERT_SQL, columns)
         outbox_id, transaction_id, created_at = cursor.fetchone()
@@ -137,7 +137,7 @@ def emit_events(events: Iterable[NewEvent]) -> list[uuid.UUID]:
     """
     _require_transaction()
     trace_fields = _trace_fields()
-    rows = [_columns(event, trace_fields) for event in events]
+    rows = [columns_of(event, trace_fields) for event in events]
     if rows:
         _copy(rows)
     return [row[0] for row in rows]
@@ -181,15 +181,18 @@ def _copy_row(columns: Columns) -> bytes:
 
 def _trace_fields() -> TraceFields:
     carrier: dict[str, str] = {}
+    cause = current_event.get()
+    # A handler of which no span is made is part of the event's trace all the same.
+    parent = propagate.extract(cause.headers) if cause and trace.get_current_span() is trace.INVALID_SPAN else None
     try:
-        propagate.inject(carrier)
+        propagate.inject(carrier, context=parent)
     except UnicodeEncodeError:
         raise InvalidEventField("the trace's baggage contains an unpaired surrogate, which is no valid text") from None
     return carrier.get("traceparent", ""), carrier.get("tracestate", "")[:512], carrier.get("baggage", "")
 
 
-def _columns(event: NewEvent, trace_fields: TraceFields) -> Columns:
-    """Validate against the catalog, build the BaseEvent and serialise it, once."""
+def columns_of(event: NewEvent, trace_fields: TraceFields) -> Columns:
+    """The event's row: validated against the catalog, its BaseEvent built and serialised, once."""
     entry = event_type_for(event.event_type, event.event_version)
     if not isinstance(event.payload, entry.payload):
         raise PayloadMismatch(

@@ -3,7 +3,7 @@
 from collections import deque
 from itertools import repeat
 
-from .handlers import FailureGuard
+from .policies import FailureGuard
 
 
 class Guard:

@@ -4,11 +4,16 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import TimeoutError as NoAnswer
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
 from confluent_kafka import (
+    OFFSET_BEGINNING,
+    OFFSET_END,
     Consumer,
+    ConsumerGroupState,
     KafkaError,
     KafkaException,
     Message,
@@ -135,6 +140,87 @@ def make_reader(on_error: TellError) -> Consumer:
     """
     settings = {"client.id": "relay_outbox", "group.id": "relay_outbox", "enable.auto.commit": False}
     return _make(Consumer, {**settings, **outbox_settings().KAFKA, "error_cb": on_error})
+
+
+def make_group_reader(group_id: str, on_error: TellError) -> Consumer:
+    """Return a consumer that asks for a group's offsets, and reads single records by `assign()`, without joining it.
+
+    It may commit offsets as well: the broker refuses that while the group has members.
+    Raises ImproperlyConfigured when librdkafka refuses the settings.
+    """
+    conf = outbox_settings()
+    return _make(
+        Consumer,
+        {
+            "reconnect.backoff.max.ms": 1000,
+            **conf.KAFKA,
+            **conf.KAFKA_CONSUMER,
+            "client.id": "consumer_offsets",
+            "group.id": group_id,
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            # An offset that is not there is told, not replaced by another one.
+            "auto.offset.reset": "error",
+            "socket.timeout.ms": 5000,
+            # It waits for that long to commit while the group's coordinator is away.
+            "session.timeout.ms": 5000,
+            "max.poll.interval.ms": 300_000,
+            # It reads the first record of a partition at a time: a broker answers with no less than a batch.
+            "fetch.message.max.bytes": 1,
+            "queued.min.messages": 1,
+            "fetch.wait.max.ms": 100,
+            "fetch.queue.backoff.ms": 10,
+            # Whoever asks says by itself that there was no answer, and why.
+            "log_level": 0,
+            "error_cb": on_error,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class GroupMember:
+    """A member of a consumer group: the name of its client, its host as the broker sees it, and what it reads."""
+
+    client_id: str
+    host: str
+    partitions: list[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A consumer group. `state`: Kafka's word for it, "none" for a group that is not there."""
+
+    state: str
+    members: list[GroupMember]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is certain that nobody is in it: not while members come and go."""
+        return self.state in ("none", "empty") and not self.members
+
+
+def describe_group(group_id: str, timeout_seconds: float) -> Group:
+    """Ask the broker who is in a group. Raises KafkaException when that cannot be told in time."""
+    deadline = time.monotonic() + timeout_seconds
+    admin, _ = _admin_and_topics(timeout_seconds)
+    left = max(deadline - time.monotonic(), 0.5)
+    (asked,) = admin.describe_consumer_groups([group_id], request_timeout=left).values()
+    try:
+        found = asked.result(timeout=left + 0.5)
+    except NoAnswer:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no answer in time")) from None
+    except KafkaException as error:
+        if error.args[0].code() == KafkaError.GROUP_ID_NOT_FOUND:
+            return Group("none", [])
+        raise
+    state = found.state.name.lower() if isinstance(found.state, ConsumerGroupState) else "unknown"
+    return Group(
+        "none" if state == "dead" else state,  # that is how a broker calls a group that it does not know
+        [
+            GroupMember(m.client_id, m.host, sorted((p.topic, p.partition) for p in m.assignment.topic_partitions))
+            for m in found.members
+        ],
+    )
 
 
 def can_publish_to(topics: Sequence[str]) -> bool:
@@ -316,9 +402,13 @@ def _admin_and_topics(timeout_seconds: float) -> tuple[AdminClient, dict[str, An
 
 
 __all__ = [
+    "OFFSET_BEGINNING",
+    "OFFSET_END",
     "RECORD_REFUSALS",
     "TOPIC_REFUSALS",
     "Consumer",
+    "Group",
+    "GroupMember",
     "KafkaError",
     "KafkaException",
     "Message",
@@ -327,7 +417,9 @@ __all__ = [
     "can_be_reached",
     "can_publish_to",
     "create_topics",
+    "describe_group",
     "make_consumer",
+    "make_group_reader",
     "make_producer",
     "make_reader",
     "producer_settings",

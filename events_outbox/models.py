@@ -1,14 +1,18 @@
 """Tables of the outbox and of the consumers, and the questions asked of them as QuerySet verbs."""
 
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, ClassVar
+from uuid import UUID
 
 from django.db import connection, models
 from django.db.models import F, Func, Q, Value
 from django.db.models.functions import MD5, Now
 
 from .fields import PgSnapshot, PgSnapshotField, Xid8Field, nothing_seen
+
+Key = tuple[str, bytes]
+"""Topic and key of a record: what is handled in order."""
 
 
 def visible_in(snapshot: PgSnapshot) -> Func:
@@ -189,6 +193,15 @@ class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
             )
             return {row[0] for row in cursor.fetchall()}
 
+    def renew(self, consumer: str, event_id: UUID) -> bool:
+        """Put a mark of now in the place of the old one, if there is one. False: somebody else has marked it just now.
+
+        It goes to the end of the table, where the pruning by age expects it. Who inserts the mark meanwhile waits for
+        this transaction.
+        """
+        self.filter(consumer=consumer, event_id=event_id).delete()
+        return bool(self.mark(consumer, [str(event_id)]))
+
 
 def _array(event_ids: Sequence[str]) -> str:
     """The ids as the text of one array: as a list it would take several times longer to pass them."""
@@ -218,6 +231,39 @@ class DeadLetterQuerySet(models.QuerySet["DeadLetter"]):
     def open(self) -> "DeadLetterQuerySet":
         """Dead letters that nobody has replayed or discarded."""
         return self.filter(resolution="")
+
+    def of_key(self, consumer: str, topic: str, key: bytes) -> "DeadLetterQuerySet":
+        """Those of a consumer's events of one key, in order."""
+        # By hash, which the index of the open ones has, and then by the key itself.
+        hashed = MD5(Value(key, output_field=models.BinaryField()))
+        letters = self.alias(key_hash=MD5("key")).filter(consumer=consumer, topic=topic, key_hash=hashed, key=key)
+        return letters.order_by("id")
+
+    def released(self, consumer: str) -> "DeadLetterQuerySet":
+        """Open ones that waited behind others and are the first of their key now."""
+        return self.open().filter(consumer=consumer, released_at__isnull=False).order_by("id")
+
+    def parked(self, consumer: str, keys: Collection[Key]) -> set[Key]:
+        """Of these keys, those with an open dead letter.
+
+        One look into the index for each key, and one in all for a consumer without open letters. The lateral join and
+        the order keep the planner from reading the table instead, the limit keeps it from reading all of a key.
+        """
+        wanted = sorted(keys)
+        with connection.cursor() as cursor:
+            cursor.execute(
+                """SELECT wanted.topic, wanted.key FROM unnest(%(topics)s::text[], %(keys)s::bytea[]) wanted(topic, key)
+                     CROSS JOIN LATERAL (
+                           SELECT FROM events_outbox_deadletter letter
+                            WHERE letter.resolution = '' AND letter.consumer = %(consumer)s
+                              AND letter.topic = wanted.topic AND md5(letter.key) = md5(wanted.key)
+                              AND letter.key = wanted.key
+                            LIMIT 1) first_of_key
+                     WHERE (SELECT id FROM events_outbox_deadletter WHERE resolution = '' AND consumer = %(consumer)s
+                             ORDER BY topic, md5(key), id LIMIT 1) IS NOT NULL""",
+                {"consumer": consumer, "topics": [topic for topic, _ in wanted], "keys": [key for _, key in wanted]},
+            )
+            return {(topic, bytes(key)) for topic, key in cursor.fetchall()}
 
 
 class DeadLetter(models.Model):
@@ -249,12 +295,19 @@ class DeadLetter(models.Model):
     reason = models.CharField(max_length=20, choices=Reason.choices)
     error = models.TextField()
     traceback = models.TextField(blank=True)
-    attempts = models.PositiveIntegerField(default=1, help_text="How often the handler has run on it in all.")
+    attempts = models.PositiveIntegerField(default=0, help_text="How often the handler has failed on it in all.")
     replays = models.PositiveIntegerField(default=0, help_text="How often it was replayed in vain.")
     history = models.JSONField(
         default=list, help_text="Earlier failures, oldest first: at, by, reason, attempts, error, traceback."
     )
     created_at = models.DateTimeField(db_default=Now())
+    failed_at = models.DateTimeField(db_default=Now(), help_text="When it failed last.")
+    failed_by = models.CharField(
+        max_length=150, default="consumer", help_text='Who ran it then: the operator of a replay, or "consumer".'
+    )
+    released_at = models.DateTimeField(
+        null=True, blank=True, help_text="Since when nothing of its key is open before it: the consumer handles it."
+    )
     resolution = models.CharField(max_length=10, choices=Resolution.choices, default="", blank=True)
     resolved_at = models.DateTimeField(null=True, blank=True)
     resolved_by = models.CharField(max_length=150, default="", blank=True)
@@ -268,11 +321,28 @@ class DeadLetter(models.Model):
         constraints = [models.UniqueConstraint(fields=["consumer", "event_id"], name="dead_letter_once")]
         # By the key's hash: a key can be longer than an index entry may be.
         indexes = [
-            models.Index("consumer", "topic", MD5("key"), "id", condition=Q(resolution=""), name="open_dead_letters")
+            models.Index("consumer", "topic", MD5("key"), "id", condition=Q(resolution=""), name="open_dead_letters"),
+            # What the consumer asks for every other second, among what may be a million open ones.
+            models.Index(
+                fields=["consumer", "id"],
+                condition=Q(resolution="", released_at__isnull=False),
+                name="released_dead_letters",
+            ),
         ]
 
     def __str__(self) -> str:
         return f"{self.consumer} {self.event_id} {self.reason}"
+
+    @property
+    def state(self) -> str:
+        """What is to happen, or has happened: open, released, replayed, discarded."""
+        if self.resolution == "" and self.released_at is not None:
+            return "released"
+        return self.resolution or "open"
+
+    def text_key(self) -> str:
+        """The record's key, readable; "-" when it has none."""
+        return "-" if self.key is None else bytes(self.key).decode(errors="backslashreplace")
 
     def text_headers(self) -> list[tuple[str, str]]:
         """The record's headers, readable: bytes that are no text are escaped."""
@@ -295,6 +365,12 @@ class ConsumerPause(models.Model):
         return f"{self.consumer} is paused"
 
 
+class OperatorActionQuerySet(models.QuerySet["OperatorAction"]):
+    def about_letter(self, letter: DeadLetter) -> "OperatorActionQuerySet":
+        """What was done about a dead letter, in order."""
+        return self.filter(subject=str(letter.pk), action__startswith="dead_letter.").order_by("id")
+
+
 class OperatorAction(models.Model):
     """The audit trail: what an operator, or a guard, did to consumers and dead letters. Rows are never changed."""
 
@@ -306,10 +382,15 @@ class OperatorAction(models.Model):
     reason = models.TextField(default="", blank=True)
     detail = models.JSONField(default=dict, blank=True)
 
+    objects: ClassVar[Any] = OperatorActionQuerySet.as_manager()
+
     class Meta:
         verbose_name = "operator action"
         ordering = ["-id"]
-        indexes = [models.Index(fields=["consumer", "-id"], name="operator_action_consumer")]
+        indexes = [
+            models.Index(fields=["consumer", "-id"], name="operator_action_consumer"),
+            models.Index(fields=["subject"], name="operator_action_subject"),
+        ]
 
     def __str__(self) -> str:
         return f"{self.action} {self.subject} by {self.by}"

@@ -10,6 +10,16 @@ from .models import OperatorAction
 
 logger = logging.getLogger(__name__)
 
+ACTIONS = (
+    "dead_letter.replayed",
+    "dead_letter.replay_failed",
+    "dead_letter.discarded",
+    "consumer.paused",
+    "consumer.resumed",
+    "offsets.reset",
+)
+"""What the audit trail speaks of."""
+
 
 def system_operator() -> str:
     """Who runs a command: the user of the system, not what the environment says."""
@@ -23,7 +33,7 @@ def system_operator() -> str:
 def note_action(action: str, *, consumer: str, subject: str, by: str, reason: str = "", **detail: Any) -> None:
     """Write a line of the audit trail, in the current transaction: what is rolled back was not done.
 
-    `action`: `<what>.<past-tense verb>`, e.g. dead_letter.replayed. `by`: at most 150 characters are kept, of
+    `action`: one of ACTIONS. `by`: at most 150 characters are kept, of
     `subject` 255. `detail`: what JSON can hold.
     """
     OperatorAction.objects.create(

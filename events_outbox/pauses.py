@@ -1,6 +1,7 @@
 """Pausing a consumer: its members stay in their group and handle nothing until it is resumed."""
 
 from django.db import transaction
+from django.utils import timezone
 
 from .models import ConsumerPause
 from .operators import note_action
@@ -29,3 +30,12 @@ def resume(consumer: str, *, by: str) -> bool:
 def is_paused(consumer: str) -> bool:
     """Whether the consumer is paused."""
     return ConsumerPause.objects.filter(consumer=consumer).exists()
+
+
+def paused() -> dict[str, str]:
+    """Return the paused consumers, and of each since when, by whom and why, in words."""
+    return {
+        pause.consumer: f"since {timezone.localtime(pause.paused_at).isoformat(sep=' ', timespec='seconds')} "
+        f"by {pause.paused_by}: {pause.reason}"
+        for pause in ConsumerPause.objects.all()
+    }

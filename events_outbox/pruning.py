@@ -1,7 +1,8 @@
 """Deleting what has served its time: published events, and processed marks.
 
 In chunks by id, each a short transaction of its own that locks nothing but the rows it deletes. An event that is not
-published, or that waits as undeliverable, is never deleted, however old.
+published, or that waits as undeliverable, is never deleted, however old; nor is a mark that is younger than what
+Kafka may still have.
 """
 
 import logging
@@ -44,8 +45,12 @@ _PRUNE_MARKS_SQL = """
     WITH page AS MATERIALIZED (
              SELECT id, processed_at FROM events_outbox_processedevent
               WHERE id > %(after_id)s ORDER BY id LIMIT %(rows)s),
-         gone AS (DELETE FROM events_outbox_processedevent
-                   WHERE id IN (SELECT id FROM page WHERE processed_at < %(cutoff)s) RETURNING id)
+         gone AS (DELETE FROM events_outbox_processedevent p
+                   WHERE id IN (SELECT id FROM page WHERE processed_at < %(cutoff)s)
+                     -- An event that is handled when it comes again would be handled once more by a replay.
+                     AND NOT EXISTS (SELECT FROM events_outbox_deadletter d
+                                      WHERE d.consumer = p.consumer AND d.event_id = p.event_id AND d.resolution = '')
+                  RETURNING id)
     SELECT (SELECT max(id) FROM page), (SELECT min(processed_at) < %(cutoff)s FROM page), (SELECT count(*) FROM gone)
 """
 
@@ -68,9 +73,27 @@ def prune_events(session: psycopg.Connection[Any], older_than: timedelta) -> Ite
     yield from _chunks(session, _PRUNE_CHUNK_SQL.format(table=table), cutoff)
 
 
+def shortest_age_of_marks() -> timedelta:
+    """Marks that are younger stay: Kafka may bring their events again."""
+    return timedelta(days=outbox_settings().TOPIC_RETENTION_DAYS)
+
+
+def count_old_marks(session: psycopg.Connection[Any], older_than: timedelta) -> int:
+    """Count the processed marks that `prune_marks()` would delete. Reads the whole table."""
+    cutoff = datetime.now(UTC) - max(older_than, shortest_age_of_marks())
+    ((count,),) = session.execute(
+        "SELECT count(*) FROM events_outbox_processedevent WHERE processed_at < %s", [cutoff]
+    ).fetchall()
+    return int(count)
+
+
 def prune_marks(session: psycopg.Connection[Any], older_than: timedelta) -> Iterator[int]:
-    """Delete processed marks older than that, and yield after each chunk how many it had."""
-    yield from _chunks(session, _PRUNE_MARKS_SQL, datetime.now(UTC) - older_than)
+    """Delete processed marks older than that, and yield after each chunk how many it had.
+
+    However short the age, those that are younger than TOPIC_RETENTION_DAYS stay: a check tells of such a setting, but
+    a leader may run without checks.
+    """
+    yield from _chunks(session, _PRUNE_MARKS_SQL, datetime.now(UTC) - max(older_than, shortest_age_of_marks()))
 
 
 def _chunks(session: psycopg.Connection[Any], prune_chunk: str, cutoff: datetime) -> Iterator[int]:

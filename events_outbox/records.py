@@ -3,14 +3,14 @@
 import hashlib
 import re
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC
+from datetime import UTC, datetime, timedelta
 
 from google.protobuf.message import DecodeError, Message
 
-from .catalog import event_type_for
-from .exceptions import UnknownEventType
+from .catalog import event_type_for, upcast
+from .exceptions import PayloadMismatch, UnknownEventType
 from .handlers import Event, Route
 from .models import DeadLetter
 from .proto.base_event_pb2 import BaseEvent
@@ -31,6 +31,7 @@ HEADER_FIELDS = (
 )
 """Columns of the outbox that become headers of the same name."""
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _CANONICAL_UUID = re.compile("[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}").fullmatch
 _NO_EVENT = uuid.UUID("5b6a1a04-3f0c-5d52-9d7e-0d1c7f2a9d11")
 
@@ -127,40 +128,81 @@ class Record:
         return base
 
     def event(self, base: BaseEvent, version: str | None = None) -> Event:
-        """The event with its typed payload.
+        """The event with its typed payload, upcast to `version`; None leaves it as it was emitted.
 
-        Raises UnreadableRecord when the catalog has no such type (unknown_type), or when the payload is another
-        message or damaged (payload_mismatch).
+        Raises UnreadableRecord when the catalog has no such type (unknown_type), or when the payload, or what an
+        upcaster made of it, is another message or damaged (payload_mismatch); and what an upcaster raises.
         """
         try:
             entry = event_type_for(base.event_type, base.event_version)
         except UnknownEventType as error:
             raise UnreadableRecord(DeadLetter.Reason.UNKNOWN_TYPE, str(error)) from None
-        try:
-            timestamp = base.timestamp.ToDatetime(tzinfo=UTC)
-        except (ValueError, OverflowError) as error:
-            raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {error}") from None
+        payload, metadata = _payload(base, entry.payload), base.metadata
+        if version is None or version == base.event_version:
+            version = base.event_version
+        else:
+            payload = _upcast(base, payload, version)
         return Event(
             event_id=uuid.UUID(base.event_id),
             event_type=base.event_type,
-            event_version=base.event_version,
+            event_version=version,
             aggregate_id=base.aggregate_id,
             tenant_id=base.tenant_id,
             user_id=base.user_id,
-            timestamp=timestamp,
-            payload=_payload(base, entry.payload),
-            metadata=dict(base.metadata),
+            timestamp=_timestamp(base),
+            payload=payload,
+            metadata={name: metadata[name] for name in metadata},  # dict() takes twice as long
             correlation_id=base.correlation_id,
             causation_id=base.causation_id,
-            headers=self.text_headers(),
+            headers=_TextHeaders(self),
             topic=self.topic,
             partition=self.partition,
             offset=self.offset,
         )
 
 
+class _TextHeaders(Mapping[str, str]):
+    """A record's headers as text, made when somebody asks."""
+
+    __slots__ = ("_record", "_text")
+
+    def __init__(self, record: Record) -> None:
+        self._record = record
+        self._text: dict[str, str] | None = None
+
+    def _read(self) -> dict[str, str]:
+        if self._text is None:
+            self._text = self._record.text_headers()
+        return self._text
+
+    def __getitem__(self, name: str) -> str:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+
+def _timestamp(base: BaseEvent) -> datetime:
+    """In UTC, to the microsecond. Message.ToDatetime() takes twice as long."""
+    given = base.timestamp
+    seconds, nanos = given.seconds, given.nanos
+    try:
+        if 0 <= nanos < 1_000_000_000:
+            return _EPOCH + timedelta(0, seconds, nanos // 1000)
+    except OverflowError:
+        pass
+    raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {seconds} s, {nanos} ns")
+
+
 def _payload(base: BaseEvent, expected: type[Message]) -> Message:
-    name = base.payload.type_url.rpartition("/")[2]
+    carried = base.payload
+    name = carried.type_url.rpartition("/")[2]
     if name != expected.DESCRIPTOR.full_name:
         raise UnreadableRecord(
             DeadLetter.Reason.PAYLOAD_MISMATCH,
@@ -168,9 +210,16 @@ def _payload(base: BaseEvent, expected: type[Message]) -> Message:
             f"not {expected.DESCRIPTOR.full_name}",
         )
     try:
-        return expected.FromString(base.payload.value)
+        return expected.FromString(carried.value)
     except DecodeError as error:
         raise UnreadableRecord(DeadLetter.Reason.PAYLOAD_MISMATCH, f"damaged {name}: {error}") from None
+
+
+def _upcast(base: BaseEvent, payload: Message, version: str) -> Message:
+    try:
+        return upcast(base.event_type, base.event_version, payload, to=version)
+    except PayloadMismatch as error:
+        raise UnreadableRecord(DeadLetter.Reason.PAYLOAD_MISMATCH, str(error)) from error
 
 
 @dataclass(frozen=True, slots=True)

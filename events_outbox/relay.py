@@ -20,6 +20,7 @@ from monitoring import metrics
 
 from .conf import outbox_settings
 from .exceptions import CursorLost, LeadershipLost
+from .lag import LagWatch
 from .leader import SESSION_LOST, Leader, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
@@ -81,7 +82,8 @@ class Relay:
                 with open_session() as session:
                     leader = Leader(session)
                     if self._wait_for_lead(leader, until_empty):
-                        self._lead(leader, until_empty)
+                        with LagWatch():
+                            self._lead(leader, until_empty)
                     return
             except (*SESSION_LOST, LeadershipLost) as error:
                 logger.warning("database session lost, trying again", extra={"error": str(error).strip()})

@@ -11,8 +11,9 @@ from prometheus_client.registry import Collector
 
 from monitoring import metrics
 
+from .handlers import consumers
 from .leader import APPLICATION_NAME, LOCK_KEY
-from .models import DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent
+from .models import ConsumerPause, DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent
 
 SCRAPE_SECONDS = 3
 COUNT_LIMIT = 100_000
@@ -37,6 +38,26 @@ class OpenTransaction:
     state: str | None
     age_seconds: float | None
     query: str | None
+
+
+@dataclass(frozen=True)
+class ConsumerState:
+    """A registered consumer: its open dead letters, and since when, by whom and why it is paused (None: it is not)."""
+
+    name: str
+    group_id: str
+    dead_letters: int
+    paused_at: datetime | None
+    paused_by: str
+    pause_reason: str
+
+
+@dataclass(frozen=True)
+class ProcessedMarks:
+    """The table of processed marks: `rows` is an estimate, `bytes` includes its indexes."""
+
+    rows: int
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +88,8 @@ class OutboxStatus:
     undeliverable_to_redrive: int
     undeliverable_discarded: int
     dead_letters: dict[str, int]
+    consumers: list[ConsumerState]
+    processed_marks: ProcessedMarks
     published: str
     window: str | None
     cursor_is_of_this_cluster: bool
@@ -97,6 +120,7 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
     host, _, pid = cursor.leader.rpartition(":")
     transactions = open_transactions()
     undeliverable = UndeliverableEvent.objects.open()
+    dead_letters = open_dead_letters()
     now = datetime.now(UTC)
     return OutboxStatus(
         leader=cursor.leader if leads else None,
@@ -115,11 +139,48 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
         undeliverable=undeliverable.count(),
         undeliverable_to_redrive=undeliverable.filter(redrive_requested_at__isnull=False).count(),
         undeliverable_discarded=UndeliverableEvent.objects.filter(discarded_at__isnull=False).count(),
-        dead_letters=open_dead_letters(),
+        dead_letters=dead_letters,
+        consumers=consumer_states(dead_letters),
+        processed_marks=processed_marks(),
         published=str(cursor.published),
         window=str(cursor.window) if cursor.window else None,
         cursor_is_of_this_cluster=cursor.is_of_this_cluster(),
     )
+
+
+def consumer_states(dead_letters: dict[str, int]) -> list[ConsumerState]:
+    """Return the state of every registered consumer, by name."""
+    pauses = {pause.consumer: pause for pause in ConsumerPause.objects.all()}
+    return [
+        ConsumerState(
+            name=consumer.name,
+            group_id=consumer.group_id,
+            dead_letters=dead_letters.get(consumer.name, 0),
+            paused_at=pause.paused_at if pause else None,
+            paused_by=pause.paused_by if pause else "",
+            pause_reason=pause.reason if pause else "",
+        )
+        for consumer in consumers()
+        for pause in [pauses.get(consumer.name)]
+    ]
+
+
+# As PostgreSQL plans: rows a page when it was last vacuumed, times the pages of now. Where it was never, or was empty
+# then, the running statistics. Counting would read a table that may have many millions of rows.
+_PROCESSED_MARKS_SQL = """
+    SELECT CASE WHEN reltuples > 0 AND relpages > 0
+                THEN reltuples / relpages * (pg_relation_size(oid) / current_setting('block_size')::bigint)
+                ELSE coalesce(pg_stat_get_live_tuples(oid), 0) END::bigint,
+           pg_total_relation_size(oid)
+      FROM pg_class WHERE oid = 'events_outbox_processedevent'::regclass
+"""
+
+
+def processed_marks() -> ProcessedMarks:
+    """Estimate how many processed marks there are, and tell the space they take."""
+    with connection.cursor() as cursor:
+        cursor.execute(_PROCESSED_MARKS_SQL)
+        return ProcessedMarks(*cursor.fetchone())
 
 
 def count_pending(cursor: RelayCursor, limit: int | None = None) -> tuple[int, datetime | None]:
@@ -194,26 +255,22 @@ class StatusCollector(Collector):
     def _families(self) -> Iterator[GaugeMetricFamily]:
         pending, oldest = count_pending(RelayCursor.read(), COUNT_LIMIT)
         age_seconds = (datetime.now(UTC) - oldest).total_seconds() if oldest else 0.0
-        yield GaugeMetricFamily(
-            "outbox_pending_events", f"Committed events not published yet, at most {COUNT_LIMIT}", value=pending
-        )
-        yield GaugeMetricFamily(
-            "outbox_oldest_pending_age_seconds", "Age of the oldest pending event", value=max(age_seconds, 0.0)
-        )
-        yield GaugeMetricFamily(
-            "outbox_oldest_open_transaction_age_seconds",
-            "Age of the oldest open transaction that has written events: those wait for its end",
-            value=max((writer.age_seconds or 0.0 for writer in open_transactions()), default=0.0),
-        )
-        yield GaugeMetricFamily(
-            "outbox_undeliverable_events",
-            "Events parked because the broker refused them or one before",
-            value=UndeliverableEvent.objects.open().count(),
-        )
-        family = GaugeMetricFamily("consumer_dead_letters", "Open dead letters", labels=["consumer"])
+        transaction_age_seconds = max((writer.age_seconds or 0.0 for writer in open_transactions()), default=0.0)
+        yield metrics.OUTBOX_PENDING(value=pending)
+        yield metrics.OUTBOX_OLDEST_PENDING_AGE(value=max(age_seconds, 0.0))
+        yield metrics.OUTBOX_OLDEST_OPEN_TRANSACTION_AGE(value=transaction_age_seconds)
+        yield metrics.OUTBOX_UNDELIVERABLE(value=UndeliverableEvent.objects.open().count())
+        dead_letters = metrics.CONSUMER_DEAD_LETTERS()
         for consumer, count in open_dead_letters().items():
-            family.add_metric([consumer], count)
-        yield family
+            dead_letters.add_metric([consumer], count)
+        yield dead_letters
+        paused, pauses = metrics.CONSUMER_PAUSED(), set(ConsumerPause.objects.values_list("consumer", flat=True))
+        for name in (consumer.name for consumer in consumers()):
+            paused.add_metric([name], name in pauses)
+        yield paused
+        marks = processed_marks()
+        yield metrics.PROCESSED_EVENTS_ROWS(value=marks.rows)
+        yield metrics.PROCESSED_EVENTS_BYTES(value=marks.bytes)
 
 
 def register_status_metrics() -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -56,12 +57,17 @@ def _forget_settings(*, setting: str, **_: object) -> None:
 
 
 _role = ""
+_thread_role: ContextVar[str] = ContextVar("thread_role", default="")
 
 
 def service_name() -> str:
-    """Name of this process in metrics, logs and traces: `voicehelper`, in the relay `voicehelper-relay`."""
+    """Name of this process in metrics, logs and traces: `voicehelper`, in the relay `voicehelper-relay`.
+
+    In a thread with a role of its own it is that one's.
+    """
     name = monitoring_settings().service_name
-    return f"{name}-{_role}" if _role else name
+    role = _thread_role.get() or _role
+    return f"{name}-{role}" if role else name
 
 
 @contextmanager
@@ -73,3 +79,13 @@ def process_role(role: str) -> Iterator[None]:
         yield
     finally:
         _role = previous
+
+
+@contextmanager
+def thread_role(role: str) -> Iterator[None]:
+    """The same for this thread alone, in a process whose threads are different workers."""
+    token = _thread_role.set(role)
+    try:
+        yield
+    finally:
+        _thread_role.reset(token)

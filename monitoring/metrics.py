@@ -1,14 +1,15 @@
 """Every metric: name, type, labels, buckets, meaning; and their exposition for a scrape."""
 
 import logging
-import os
 from collections.abc import Iterable
+from functools import partial
 
-from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+
+from monitoring import shared_files
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,16 @@ OUTBOX_RELAY_LEADER = Gauge(
     "outbox_relay_leader",
     "1 in the relay that publishes, 0 in its standbys; the sum over all processes should be 1",
     multiprocess_mode="livesum",
+)
+
+# --- Worker processes (recorded by the process that keeps them going) ---
+# Of its own registry: that process answers scrapes with what the workers count, and this.
+_SUPERVISION = CollectorRegistry()
+CONSUMER_WORKER_RESTARTS = Counter(
+    "consumer_worker_restarts_total",
+    "Worker processes that died and were started again, by the worker's number",
+    ["worker"],
+    registry=_SUPERVISION,
 )
 
 # --- Consumers (recorded by consume) ---
@@ -102,6 +113,69 @@ CONSUMER_COMMIT_HOOK_FAILURES = Counter(
     ["consumer"],
 )
 
+# --- Lag as Kafka sees it (recorded by the leading relay; true also of a consumer that is dead) ---
+CONSUMER_GROUP_LAG = Gauge(
+    "consumer_group_lag_events",
+    "Events in the partition that the consumer's group has not committed; no series while that cannot be measured",
+    ["consumer", "topic", "partition"],
+    multiprocess_mode="livemostrecent",
+)
+CONSUMER_GROUP_LAG_SECONDS = Gauge(
+    "consumer_group_lag_seconds",
+    "Age of the first event in the partition that the consumer's group has not committed, 0 when there is none",
+    ["consumer", "topic", "partition"],
+    multiprocess_mode="livemostrecent",
+)
+CONSUMER_GROUP_LAG_FAILURES = Counter(
+    "consumer_group_lag_failures_total",
+    "Times that the lag of the consumer's group could not be measured",
+    ["consumer"],
+)
+
+# --- State of the database, read at scrape time: call one for a family to fill (yielded by StatusCollector) ---
+OUTBOX_PENDING = partial(
+    GaugeMetricFamily,
+    "outbox_pending_events",
+    "Committed events not published yet, counted to 100,000",
+)
+OUTBOX_OLDEST_PENDING_AGE = partial(
+    GaugeMetricFamily,
+    "outbox_oldest_pending_age_seconds",
+    "Age of the oldest pending event",
+)
+OUTBOX_OLDEST_OPEN_TRANSACTION_AGE = partial(
+    GaugeMetricFamily,
+    "outbox_oldest_open_transaction_age_seconds",
+    "Age of the oldest open transaction that has written events: those wait for its end",
+)
+OUTBOX_UNDELIVERABLE = partial(
+    GaugeMetricFamily,
+    "outbox_undeliverable_events",
+    "Events parked because the broker refused them or one before",
+)
+CONSUMER_DEAD_LETTERS = partial(
+    GaugeMetricFamily,
+    "consumer_dead_letters",
+    "Open dead letters",
+    labels=["consumer"],
+)
+CONSUMER_PAUSED = partial(
+    GaugeMetricFamily,
+    "consumer_paused",
+    "1 while the consumer is paused by an operator or its failure guard, else 0",
+    labels=["consumer"],
+)
+PROCESSED_EVENTS_ROWS = partial(
+    GaugeMetricFamily,
+    "processed_events_rows",
+    "Processed marks, as PostgreSQL estimates them",
+)
+PROCESSED_EVENTS_BYTES = partial(
+    GaugeMetricFamily,
+    "processed_events_bytes",
+    "Disk space of the processed marks with their indexes",
+)
+
 # --- State read at scrape time, by collectors that other packages register ---
 _collectors: list[Collector] = []
 
@@ -117,13 +191,12 @@ def register_collector(collector: Collector) -> None:
 
 
 class _Everything(Collector):
-    """This process's metrics (all web workers' metrics where they share a directory) and the collectors'."""
+    """This process's metrics (all workers' metrics where they share a directory) and the collectors'."""
 
     def collect(self) -> Iterable[Metric]:
-        # Each scrape reaches one of the web workers, which answers for all of them from shared files.
-        shared = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
-        source: Collector = MultiProcessCollector(None) if shared else REGISTRY  # type: ignore[no-untyped-call]
-        yield from source.collect()
+        # One process answers for all from shared files: one of the web workers, the parent of the consumer's.
+        yield from shared_files.collect() if shared_files.are_used() else REGISTRY.collect()
+        yield from _SUPERVISION.collect()
         if not _collectors:
             return
         up = GaugeMetricFamily(

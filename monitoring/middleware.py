@@ -81,7 +81,7 @@ class _Observation:
         given = _given_correlation_id(self._request)
         self._names_correlation = not given
         self._correlation_id = given or uuid.uuid4().hex
-        self._tokens: list[tuple[Any, Token[str]]] = [
+        self._tokens: list[tuple[Any, Token[Any]]] = [
             (variable, variable.set(value))
             for variable, value in (
                 (context.correlation_id, self._correlation_id),

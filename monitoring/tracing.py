@@ -45,6 +45,10 @@ class TracingConfig:
     enabled: bool
 
 
+_provider: TracerProvider | None = None
+_is_exporting = False
+
+
 def tracing_config() -> TracingConfig:
     """Read the configuration of this process from the MONITORING setting."""
     config = monitoring_settings()
@@ -65,6 +69,7 @@ def init_tracing(config: TracingConfig) -> Callable[[], None]:
     provider a process: where there is one already, nothing is started and the returned callable does nothing.
     When not enabled, nothing is exported, but spans still have ids. This is the specification's InitTracing.
     """
+    global _provider, _is_exporting
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return lambda: None
     provider = TracerProvider(
@@ -81,6 +86,7 @@ def init_tracing(config: TracingConfig) -> Callable[[], None]:
     )
     if config.enabled:
         provider.add_span_processor(BatchSpanProcessor(_exporter(config.endpoint)))
+    _provider, _is_exporting = provider, config.enabled
     trace.set_tracer_provider(provider)
     set_global_textmap(CompositePropagator([TraceContextTextMapPropagator(), W3CBaggagePropagator()]))
 
@@ -92,6 +98,18 @@ def init_tracing(config: TracingConfig) -> Callable[[], None]:
             logger.warning("the last spans could not be exported within %s s", FLUSH_SECONDS)
 
     return shutdown
+
+
+def may_record(traceparent: str = "") -> bool:
+    """Whether a span that continues this trace (W3C; empty for a new one) can be recorded by this process.
+
+    For whoever would make very many spans: it costs next to nothing, and where it is False a span would be for nobody.
+    """
+    provider = trace.get_tracer_provider()
+    if provider is _provider:
+        # Our sampler follows a caller that has decided not to record.
+        return _is_exporting and not traceparent.endswith("-00")
+    return isinstance(provider, TracerProvider)
 
 
 def _exporter(endpoint: str) -> SpanExporter:

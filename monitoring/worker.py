@@ -8,6 +8,7 @@ import socketserver
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from http import HTTPStatus
 from types import TracebackType
@@ -29,18 +30,24 @@ STALE_AFTER_SECONDS = 30.0
 class Worker:
     """Names the process `<service>-<role>`, traces it, serves /metrics, /health, /livez on `port` (0: not).
 
-    `with Worker("relay", 9101) as worker:` around the loop, `worker.tick()` in it: /livez turns 503 when
-    there was no tick for `stale_after_seconds`. Raises CommandError on entry when the port cannot be had.
+    `with Worker("relay", 9101) as worker:` around the loop, `worker.tick()` in it: /livez turns 503 when there was no
+    tick for `stale_after_seconds` (None: STALE_AFTER_SECONDS). Where several loops go round, `loops` names them, each
+    ticks by its name, and one that does not is enough. Raises CommandError on entry when the port cannot be had.
     """
 
-    def __init__(self, role: str, port: int, *, stale_after_seconds: float = STALE_AFTER_SECONDS) -> None:
+    def __init__(
+        self, role: str, port: int, *, loops: Sequence[str] = (), stale_after_seconds: float | None = None
+    ) -> None:
         self.role = role
         self.port = port
-        self.stale_after_seconds = stale_after_seconds
+        self.stale_after_seconds = STALE_AFTER_SECONDS if stale_after_seconds is None else stale_after_seconds
+        self._loops = loops or [role]
+        self._ticks: dict[str, float] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
-        self.tick()
+        for loop in self._loops:
+            self.tick(loop)
         with ExitStack() as stack:
             stack.enter_context(process_role(self.role))
             stack.callback(log_to, log_to("stdout"))
@@ -55,12 +62,23 @@ class Worker:
     ) -> None:
         self._stack.close()
 
-    def tick(self) -> None:
-        """Say that the loop is going round."""
-        self._ticked = time.monotonic()
+    def tick(self, loop: str = "") -> None:
+        """Say that the loop, the only one unless named, is going round."""
+        self._ticks[loop or self.role] = time.monotonic()
 
-    def seconds_since_tick(self) -> float:
-        return time.monotonic() - self._ticked
+    def miss(self, loop: str) -> None:
+        """Say that the loop is known to be dead: it is stale at once, until it ticks again."""
+        self._ticks[loop] = time.monotonic() - self.stale_after_seconds
+
+    def done(self, loop: str) -> None:
+        """Say that the loop has ended as it should: no more ticks are waited for."""
+        self._ticks.pop(loop, None)
+
+    def stale(self) -> dict[str, float]:
+        """Return the loops that have not ticked for too long, with the seconds since they did."""
+        now = time.monotonic()
+        ages = {loop: now - ticked for loop, ticked in self._ticks.copy().items()}
+        return {loop: seconds for loop, seconds in ages.items() if seconds >= self.stale_after_seconds}
 
 
 def _serve(worker: Worker) -> "_Server":
@@ -110,12 +128,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         elif path == "/health":
             self._answer_json(HTTPStatus.OK, {"status": "healthy"})
         elif path == "/livez":
-            seconds = self.server.worker.seconds_since_tick()
-            if seconds < self.server.worker.stale_after_seconds:
-                self._answer_json(HTTPStatus.OK, {"status": "alive"})
+            if stale := self.server.worker.stale():
+                seconds = round(max(stale.values()), 1)
+                answer = {"status": "stale", "seconds_since_tick": seconds, "loops": sorted(stale)}
+                self._answer_json(HTTPStatus.SERVICE_UNAVAILABLE, answer)
             else:
-                stale = {"status": "stale", "seconds_since_tick": round(seconds, 1)}
-                self._answer_json(HTTPStatus.SERVICE_UNAVAILABLE, stale)
+                self._answer_json(HTTPStatus.OK, {"status": "alive"})
         else:
             self._answer_json(HTTPStatus.NOT_FOUND, {"status": "not found"})
 

@@ -83,7 +83,33 @@ class Migration(migrations.Migration):
         migrations.AlterField(
             model_name="deadletter",
             name="attempts",
-            field=models.PositiveIntegerField(default=1, help_text="How often the handler has run on it in all."),
+            field=models.PositiveIntegerField(default=0, help_text="How often the handler has failed on it in all."),
+        ),
+        migrations.AddField(
+            model_name="deadletter",
+            name="failed_at",
+            field=models.DateTimeField(
+                db_default=django.db.models.functions.datetime.Now(), help_text="When it failed last."
+            ),
+        ),
+        migrations.RunSQL("UPDATE events_outbox_deadletter SET failed_at = created_at", migrations.RunSQL.noop),
+        migrations.AddField(
+            model_name="deadletter",
+            name="failed_by",
+            field=models.CharField(
+                default="consumer",
+                help_text='Who ran it then: the operator of a replay, or "consumer".',
+                max_length=150,
+            ),
+        ),
+        migrations.AddField(
+            model_name="deadletter",
+            name="released_at",
+            field=models.DateTimeField(
+                blank=True,
+                help_text="Since when nothing of its key is open before it: the consumer handles it.",
+                null=True,
+            ),
         ),
         migrations.AddIndex(
             model_name="deadletter",
@@ -95,6 +121,18 @@ class Migration(migrations.Migration):
                 condition=models.Q(("resolution", "")),
                 name="open_dead_letters",
             ),
+        ),
+        migrations.AddIndex(
+            model_name="deadletter",
+            index=models.Index(
+                condition=models.Q(("released_at__isnull", False), ("resolution", "")),
+                fields=["consumer", "id"],
+                name="released_dead_letters",
+            ),
+        ),
+        migrations.AddIndex(
+            model_name="operatoraction",
+            index=models.Index(fields=["subject"], name="operator_action_subject"),
         ),
         migrations.AddIndex(
             model_name="operatoraction",

@@ -9,7 +9,8 @@ import pytest
 from django.db import connection, transaction
 from prometheus_client import REGISTRY
 
-from events_outbox import Consumer, RetryPolicy, emit_event, handlers
+from events_outbox import Consumer, RetryPolicy, catalog, emit_event, handlers
+from tests.consumer_groups import ConsumerGroup
 from tests.outbox_writers import aggregates_table
 from tests.topics import TopicReader
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
@@ -33,10 +34,43 @@ def emit():
     return emit
 
 
+QUICK = RetryPolicy(initial_delay_seconds=0.001)
+
+
+@pytest.fixture
+def make_consumer():
+    """Make consumers of their own group, unregistered afterwards."""
+    made = []
+
+    def make(**options):
+        name = f"test-{random.randrange(10**9)}"
+        made.append(name)
+        return Consumer(name, group_id=name, **{"retry": QUICK, **options})
+
+    yield make
+    for name in made:
+        handlers._consumers.pop(name)
+
+
+@pytest.fixture
+def own_catalog(monkeypatch):
+    """A copy of the catalog: what the test registers is forgotten afterwards."""
+    monkeypatch.setattr(catalog, "_catalog", dict(catalog._catalog))
+    monkeypatch.setattr(catalog, "_upcasters", dict(catalog._upcasters))
+
+
 @pytest.fixture
 def aggregates():
     with aggregates_table():
         yield
+
+
+@pytest.fixture
+def group(kafka):
+    """A consumer that nobody runs, its group and its topic: see `tests.consumer_groups`. Needs Apache Kafka."""
+    group = ConsumerGroup(kafka.bootstrap_servers)
+    yield group
+    group.close()
 
 
 @contextmanager
@@ -71,24 +105,6 @@ def eventually(condition, timeout_seconds=20):
         assert time.monotonic() < deadline, "it did not come true in time"
         time.sleep(0.01)
     return result
-
-
-QUICK = RetryPolicy(initial_delay_seconds=0.001)
-
-
-@pytest.fixture
-def make_consumer():
-    """Make consumers of their own group, unregistered afterwards."""
-    made = []
-
-    def make(**options):
-        name = f"test-{random.randrange(10**9)}"
-        made.append(name)
-        return Consumer(name, group_id=name, **{"retry": QUICK, **options})
-
-    yield make
-    for name in made:
-        handlers._consumers.pop(name)
 
 
 def group_counter(consumer):

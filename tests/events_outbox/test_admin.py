@@ -8,14 +8,24 @@ from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
-from events_outbox import dead_letters, handlers
-from events_outbox.admin import PAGED_ROWS
+from events_outbox import RetryPolicy, handlers, pauses
+from events_outbox.admin.lists import PAGED_ROWS
 from events_outbox.consumer import ConsumerProcess
 from events_outbox.fields import PgSnapshot
-from events_outbox.models import DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent
-from events_outbox.records import Delivery, Record
-from voicehelper.audit.models import AuditEntry
+from events_outbox.models import (
+    ConsumerPause,
+    DeadLetter,
+    OperatorAction,
+    OutboxEvent,
+    RelayCursor,
+    UndeliverableEvent,
+)
+from events_outbox.operators import ACTIONS
+from events_outbox.proto.base_event_pb2 import BaseEvent
+from events_outbox.records import Record
 from voicehelper.identity.models import User
+
+MODELS = ("outboxevent", "processedevent", "deadletter", "undeliverableevent", "operatoraction", "consumerpause")
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -121,7 +131,9 @@ def test_filters_by_type_topic_and_tenant(operator, three_events):
         assert (event_id in page(operator, "outboxevent", **query)) == found, query
 
 
-@pytest.mark.parametrize("model", ["outboxevent", "processedevent", "deadletter", "undeliverableevent"])
+@pytest.mark.parametrize(
+    "model", ["outboxevent", "processedevent", "deadletter", "undeliverableevent", "operatoraction", "consumerpause"]
+)
 def test_no_list_counts_its_table_to_the_end(operator, three_events, model):
     with CaptureQueriesContext(connection) as queries:
         page(operator, model)
@@ -165,8 +177,8 @@ def parked_key(three_events, emit):
     return parked, behind
 
 
-def confirm_discard(client, objects, reason):
-    url = reverse("admin:events_outbox_undeliverableevent_changelist")
+def confirm_discard(client, objects, reason, model="undeliverableevent"):
+    url = reverse(f"admin:events_outbox_{model}_changelist")
     ids = [obj.pk for obj in objects]
     form = {"action": "discard", "_selected_action": ids, "confirmed": "yes", "reason": reason}
     return client.post(url, form, follow=True).content.decode()
@@ -220,7 +232,7 @@ def test_open_and_discarded_events_are_told_apart(operator, parked_key):
 
 
 def test_more_than_can_be_looked_at_is_not_discarded_at_once(operator, parked_key, monkeypatch):
-    monkeypatch.setattr("events_outbox.admin.DISCARD_AT_ONCE", 1)
+    monkeypatch.setattr("events_outbox.admin.lists.AT_ONCE", 1)
     answer = act(operator, "undeliverableevent", "discard", parked_key).content.decode()
     assert "Select at most 1, or use `manage.py undeliverable discard`" in answer
 
@@ -240,52 +252,188 @@ def test_who_may_only_look_cannot_redrive_or_discard(onlooker, parked_key):
     assert UndeliverableEvent.objects.open().filter(redrive_requested_at__isnull=True).count() == 2
 
 
+class Broken(Exception):
+    pass
+
+
 @pytest.fixture
-def dead_letter(emit):
-    """A letter of the consumer audit whose event can be handled by now."""
-    event = emit("c1")
-    record = Record(topic=event.topic, partition=0, offset=5, key=b"c1", value=bytes(event.value))
-    base = record.envelope()
-    dead_letters.keep(
-        "audit",
-        Delivery(record, event.event_id, None, None, None, base.event_type, base.tenant_id),
-        DeadLetter.Reason.FAILED,
-        "ValueError: it was broken",
-        traceback_text="Traceback ...",
-    )
-    return DeadLetter.objects.get()
+def parking(make_consumer):
+    """A consumer that parks keys and fails on what is in `broken`, by the event's number."""
+    consumer = make_consumer(on_failure="park_key", retry=RetryPolicy(max_retries=0), guard=None)
+    consumer.broken, consumer.handled = {0}, []
+
+    @consumer.handles("conversation.created")
+    def on_created(event):
+        if int(event.metadata["number"]) in consumer.broken:
+            raise Broken("it was broken")
+        consumer.handled.append(int(event.metadata["number"]))
+
+    return consumer
 
 
-def test_a_dead_letter_is_readable_and_replayed(operator, dead_letter):
-    text = detail(operator, dead_letter)
-    assert "ValueError: it was broken" in text and "&quot;title&quot;: &quot;hello&quot;" in text
-    assert bytes(dead_letter.value)[:20].hex(" ") in text
-    answer = act(operator, "deadletter", "replay", [dead_letter])
-    assert "1 dead letters replayed" in answer.content.decode()
-    dead_letter.refresh_from_db()
-    assert dead_letter.resolution == "replayed"
-    assert AuditEntry.objects.filter(event_id=dead_letter.event_id).exists()
-    answer = act(operator, "deadletter", "replay", [dead_letter])
-    assert "replayed already" in answer.content.decode()
-    assert {entry.change_message for entry in LogEntry.objects.all()} >= {"replayed"}
+@pytest.fixture
+def letters(parking, emit):
+    """A dead letter and one parked behind it."""
+    rows = [emit("a", number) for number in range(2)]
+    records = [
+        Record(row.topic, 0, 5 + number, b"a", bytes(row.value), [("event_type", b"conversation.created")])
+        for number, row in enumerate(rows)
+    ]
+    ConsumerProcess(parking).handle_batch(records)
+    return list(DeadLetter.objects.order_by("id"))
+
+
+def logged(letter):
+    return [entry.change_message for entry in LogEntry.objects.filter(object_id=str(letter.pk)).order_by("id")]
+
+
+def test_a_dead_letter_shows_what_happened(operator, letters):
+    letter = letters[0]
+    act(operator, "deadletter", "replay", [letter])
+    text = detail(operator, letter)
+    for shown in (
+        "Broken: it was broken",
+        "&quot;title&quot;: &quot;hello&quot;",
+        bytes(letter.value)[:20].hex(" "),
+        "conversation.events/0/5",
+        "event_type: conversation.created",
+        "Traceback (most recent call last)",
+        "failed, by consumer, attempt 1: Broken",
+        "dead_letter.replay_failed by alice Broken: it was broken",
+        reverse("admin:events_outbox_outboxevent_change", args=[OutboxEvent.objects.earliest("id").pk]),
+    ):
+        assert shown in text, shown
+    listed = page(operator, "deadletter", q=str(letter.event_id))
+    for field, value in (("letter_state", "open"), ("attempts", "2"), ("replays", "1")):
+        assert f'<td class="field-{field}">{value}</td>' in listed
+
+
+def test_a_replay_handles_what_waited_behind_too(operator, parking, letters):
+    parking.broken.clear()
+    answer = act(operator, "deadletter", "replay", letters[:1]).content.decode()
+    assert "1 dead letters replayed; 1 that waited behind were handled" in answer
+    assert parking.handled == [0, 1] and not DeadLetter.objects.open().exists()
+    assert logged(letters[0]) == ["replayed"]
+    assert OperatorAction.objects.get().by == "alice"
+    assert "replayed already" in act(operator, "deadletter", "replay", letters[:1]).content.decode()
+
+
+def test_a_replay_that_fails_is_told_and_logged(operator, parking, letters):
+    answer = act(operator, "deadletter", "replay", letters).content.decode()
+    assert f"Dead letter {letters[0].pk}: Broken: it was broken" in answer
+    assert "1 left alone behind a failed one of their key" in answer and "replayed;" not in answer
+    assert logged(letters[0]) == ["not replayed: Broken: it was broken"] and logged(letters[1]) == []
+    answer = act(operator, "deadletter", "replay", letters[1:]).content.decode()
+    assert f"dead letter {letters[0].pk} of the same key comes first" in answer
+
+
+def test_what_was_replayed_in_vain_too_often_takes_force(operator, parking, letters, settings):
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "MAX_REPLAYS": 1}
+    act(operator, "deadletter", "replay", letters[:1])
+    parking.broken.clear()
+    answer = act(operator, "deadletter", "replay", letters[:1]).content.decode()
+    assert "After 1 replays in vain a letter takes force" in answer and parking.handled == []
+    act(operator, "deadletter", "replay_by_force", letters[:1])
+    assert parking.handled == [0, 1]
+
+
+def test_a_replay_ends_with_the_request(operator, parking, letters, monkeypatch):
+    monkeypatch.setattr("events_outbox.admin.dead_letters.REQUEST_SECONDS", 0)
+    parking.broken.clear()
+    answer = act(operator, "deadletter", "replay", letters).content.decode()
+    assert "Stopped after 0 seconds" in answer and parking.handled == [0]
+    assert [letter.state for letter in DeadLetter.objects.order_by("id")] == ["replayed", "released"]
+
+
+def test_a_dead_letter_is_discarded_with_a_reason(operator, parking, letters):
+    asked = act(operator, "deadletter", "discard", letters[:1]).content.decode()
+    assert "Broken: it was broken" in asked and 'name="reason"' in asked and "Say why" not in asked
+    assert "What waits behind them in their key is handled then" in asked
+    assert "Say why" in confirm_discard(operator, letters[:1], " ", "deadletter")
+    assert DeadLetter.objects.open().count() == 2 and not LogEntry.objects.exists()
+    answer = confirm_discard(operator, letters[:1], "test data", "deadletter")
+    assert "1 dead letters discarded; 1 that waited behind were handled" in answer and parking.handled == [1]
+    assert logged(letters[0]) == ["discarded: test data"]
+    assert "discarded by alice: test data" in detail(operator, letters[0])
+    assert "is closed already; nothing was changed" in confirm_discard(operator, letters[:1], "again", "deadletter")
+    action = OperatorAction.objects.get()
+    assert (action.action, action.by, action.reason) == ("dead_letter.discarded", "alice", "test data")
+    for state, shown in [("discarded", letters[0]), ("replayed", letters[1]), ("open", None)]:
+        text = page(operator, "deadletter", state=state)
+        listed = [letter for letter in letters if f'value="{letter.pk}" class="action-select"' in text]
+        assert listed == ([shown] if shown else [])
 
 
 def test_a_dead_letter_that_is_no_event_is_shown_and_discarded(operator):
     ConsumerProcess(handlers.consumer_named("audit")).handle_batch(
-        [Record(topic="t", partition=0, offset=0, key=None, value=b"<script>\xff", headers=[("h", b"\xff")])]
+        [Record("t", 0, 0, None, b"<script>\xff", [("h", b"<b>\xff")])]
     )
     letter = DeadLetter.objects.get()
     text = detail(operator, letter)
-    assert "not decodable" in text and b"<script>\xff".hex(" ") in text
-    act(operator, "deadletter", "discard", [letter])
+    assert "not decodable" in text and b"<script>\xff".hex(" ") in text and "h: &lt;b&gt;\\xff" in text
+    assert "handled then" not in act(operator, "deadletter", "discard", [letter]).content.decode()
+    confirm_discard(operator, [letter], "junk", "deadletter")
     assert not DeadLetter.objects.open().exists()
 
 
-def test_who_may_only_look_cannot_act_or_change(onlooker, dead_letter, three_events):
-    assert 'value="replay"' not in page(onlooker, "deadletter")
-    act(onlooker, "deadletter", "discard", [dead_letter])
-    assert DeadLetter.objects.open().exists()
-    for model in ("outboxevent", "deadletter"):
+def test_a_payload_that_nobody_knows_is_shown_in_its_event(operator, emit):
+    base = BaseEvent.FromString(bytes(emit("a").value))
+    base.payload.type_url, base.payload.value = "type.googleapis.com/of.Tomorrow", b"\x01\x02"
+    handle = ConsumerProcess(handlers.consumer_named("audit")).handle_batch
+    handle([Record("conversation.events", 0, 0, b"a", base.SerializeToString())])
+    text = detail(operator, DeadLetter.objects.get())
+    assert "&quot;aggregate_id&quot;: &quot;a&quot;" in text and "&quot;hex&quot;: &quot;01 02&quot;" in text
+
+
+def test_a_consumer_is_paused_and_resumed(operator):
+    form = operator.get(reverse("admin:events_outbox_consumerpause_add")).content.decode()
+    assert '<option value="audit">' in form
+    url = reverse("admin:events_outbox_consumerpause_add")
+    answer = operator.post(url, {"consumer": "audit", "reason": " "}).content.decode()
+    assert "This field is required" in answer and not pauses.is_paused("audit")
+    assert "Select a valid choice" in operator.post(url, {"consumer": "nobody", "reason": "x"}).content.decode()
+    operator.post(url, {"consumer": "audit", "reason": "bad deploy"})
+    assert pauses.is_paused("audit")
+    assert "already exists" in operator.post(url, {"consumer": "audit", "reason": "again"}).content.decode()
+    text = page(operator, "consumerpause")
+    assert "bad deploy" in text and '<td class="field-paused_by">alice</td>' in text
+    pause = ConsumerPause.objects.get()
+    assert "bad deploy" in detail(operator, pause)
+    answer = act(operator, "consumerpause", "resume", [pause]).content.decode()
+    assert "udit: goes on within about a second" in answer and not pauses.is_paused("audit")
+    assert [(a.action, a.by, a.reason) for a in OperatorAction.objects.order_by("id")] == [
+        ("consumer.paused", "alice", "bad deploy"),
+        ("consumer.resumed", "alice", ""),
+    ]
+    assert LogEntry.objects.filter(object_id="audit").count() == 2
+
+
+def test_the_audit_trail_is_read_and_filtered(operator, letters):
+    act(operator, "deadletter", "replay", letters[:1])
+    pauses.pause("audit", by="failure guard", reason="too many")
+    rows = page(operator, "operatoraction").partition('id="result_list"')[2]
+    assert rows.index("consumer.paused") < rows.index("dead_letter.replay_failed")  # the newest first
+    listed = page(operator, "operatoraction", action="consumer.paused")
+    assert "failure guard" in listed and f"dead letter {letters[0].pk}" not in listed
+    assert "failure guard" in page(operator, "operatoraction", consumer="audit")
+    assert "failure guard" not in page(operator, "operatoraction", consumer=letters[0].consumer)
+    link = reverse("admin:events_outbox_deadletter_change", args=[letters[0].pk])
+    assert f'<a href="{link}">dead letter {letters[0].pk}</a>' in page(operator, "operatoraction")
+    assert "it was broken" in detail(operator, OperatorAction.objects.get(action="dead_letter.replay_failed"))
+    assert {action.action for action in OperatorAction.objects.all()} <= set(ACTIONS)
+
+
+def test_who_may_only_look_cannot_act_or_change(onlooker, parking, letters, three_events):
+    pauses.pause("audit", by="alice", reason="bad deploy")
+    parking.broken.clear()
+    for word in ("replay", "replay_by_force", "discard"):
+        assert f'value="{word}"' not in page(onlooker, "deadletter")
+        act(onlooker, "deadletter", word, letters)
+    confirm_discard(onlooker, letters, "because", "deadletter")
+    assert DeadLetter.objects.open().count() == 2
+    act(onlooker, "consumerpause", "resume", [ConsumerPause.objects.get()])
+    assert pauses.is_paused("audit")
+    for model in ("outboxevent", "deadletter", "consumerpause", "operatoraction"):
         assert onlooker.get(reverse(f"admin:events_outbox_{model}_add")).status_code == 403
     event = OutboxEvent.objects.first()
     url = reverse("admin:events_outbox_outboxevent_delete", args=[event.pk])

@@ -9,10 +9,10 @@ import pytest
 from django.contrib.auth.models import Group
 from django.db import IntegrityError, connection, transaction
 
-from events_outbox import Consumer, PermanentEventError, RetryPolicy, dead_letters, emit_event, pauses
+from events_outbox import Consumer, PermanentEventError, RetryPolicy, emit_event, pauses
 from events_outbox.consumer import ConsumerPaused, ConsumerProcess, ConsumerStopped
-from events_outbox.handlers import FailureGuard
 from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent
+from events_outbox.policies import FailureGuard
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.records import Record
 from tests.events_outbox.conftest import counted
@@ -208,7 +208,7 @@ def test_the_most_specific_handler_runs(make_consumer):
         ("conversation.created", "conversation.*"),
         ("conversational.created", "*"),
     ]:
-        assert consumer.handler_for(event_type).function is functions[pattern]
+        assert consumer.route(event_type, "v1").handler.function is functions[pattern]
 
 
 def test_topics_come_from_the_handlers(make_consumer):
@@ -294,7 +294,7 @@ def test_events_emitted_by_a_handler_share_its_transaction(make_consumer, emit):
     assert (base.causation_id, base.correlation_id) == (str(cause.event_id), "chain")
 
 
-def test_park_key_holds_the_keys_later_events_and_replays_in_order(make_consumer, emit):
+def test_park_key_holds_the_keys_later_events(make_consumer, emit):
     consumer, seen = make_consumer(on_failure="park_key"), []
     broken = True
 
@@ -309,31 +309,6 @@ def test_park_key_holds_the_keys_later_events_and_replays_in_order(make_consumer
     assert seen == [("b", "0")]
     letters = list(DeadLetter.objects.order_by("id"))
     assert [letter.reason for letter in letters] == ["permanent", "behind", "behind"]
-
-    with pytest.raises(dead_letters.ReplayRefused, match="comes first"):
-        dead_letters.replay(letters[1].pk)
-    with pytest.raises(PermanentEventError):
-        dead_letters.replay(letters[0].pk)
-    broken = False
-    for letter in letters:
-        dead_letters.replay(letter.pk)
-    assert seen[1:] == [("a", "0"), ("a", "1"), ("a", "2")]
-    handle(consumer, [record_of(emit("a", 3), 4)])
-    assert seen[-1] == ("a", "3")
-    letters[0].refresh_from_db()
-    assert (letters[0].resolution, letters[0].attempts) == ("replayed", 2)
-    with pytest.raises(dead_letters.ReplayRefused, match="replayed already"):
-        dead_letters.replay(letters[0].pk)
-
-
-def test_a_dead_letter_can_be_discarded(make_consumer):
-    consumer = make_consumer()
-    handle(consumer, [Record(topic="t", partition=0, offset=0, key=None, value=b"junk")])
-    letter = DeadLetter.objects.get()
-    dead_letters.discard(letter.pk)
-    letter.refresh_from_db()
-    assert letter.resolution == "discarded" and letter.resolved_at
-    assert not DeadLetter.objects.open().exists()
 
 
 def test_stop_ends_the_process_with_the_event_unhandled(make_consumer, emit):
@@ -507,5 +482,5 @@ def test_an_event_id_in_another_spelling_is_the_same_event(make_consumer, emit):
     base = BaseEvent.FromString(bytes(row.value))
     base.event_id = base.event_id.upper()
     other = Record("conversation.events", 0, 1, b"c1", base.SerializeToString())
-    handle(consumer, [record_of(row), other])
+    handle(consumer, [other, record_of(row)])
     assert len(seen) == 1 and seen[0].event_id == row.event_id

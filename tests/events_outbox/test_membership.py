@@ -13,8 +13,8 @@ from confluent_kafka import KafkaError, KafkaException, Producer
 
 from events_outbox import RetryPolicy, pauses
 from events_outbox.consumer import ConsumerProcess
-from events_outbox.handlers import FailureGuard
 from events_outbox.models import DeadLetter, OperatorAction, ProcessedEvent, RelayCursor
+from events_outbox.policies import FailureGuard
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.relay import Relay
 from tests.events_outbox.conftest import counted, eventually, group_counter, in_thread
@@ -273,9 +273,9 @@ def test_a_handler_of_three_times_the_poll_interval_stays_in_the_group(
 
 
 @pytest.mark.apache_kafka  # the embedded broker rebalances too slowly
-def test_a_member_joins_while_another_is_in_a_long_handler(make_consumer, emit, at_the_end, impatient_group):
-    consumer = make_consumer()
-    counts, calls = slow_counter(consumer, 3 * impatient_group)
+def test_a_member_joins_while_another_is_in_a_long_handler(make_consumer, emit, at_the_end):
+    consumer, seconds = make_consumer(), 8
+    counts, calls = slow_counter(consumer, seconds)
     at_the_end(consumer)
     emit("c1", 1000)
     Relay().run(until_empty=True)
@@ -283,7 +283,7 @@ def test_a_member_joins_while_another_is_in_a_long_handler(make_consumer, emit, 
     with in_thread(first):
         eventually(lambda: calls)
         with in_thread(second):
-            eventually(lambda: second.group.owned, 3 * impatient_group - 1)
+            eventually(lambda: second.group.owned, seconds - 1)
             assert len(calls) == 1 and not counts(), "the long handler was to be running still"
             for number in range(60):
                 emit(f"c{number}", number)

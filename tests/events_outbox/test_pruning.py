@@ -1,6 +1,7 @@
 """Pruning: only what is published and old, in short steps, by hand and by the leader; partitions dropped whole."""
 
 import threading
+import uuid
 from datetime import timedelta
 from io import StringIO
 
@@ -151,6 +152,51 @@ def test_one_task_of_the_house_that_fails_keeps_no_other_from_its_turn(settings,
         list(pruning.housekeeping(session))
     assert not ProcessedEvent.objects.exists()
     assert "housekeeping failed" in caplog.messages
+
+
+MARKS = "events_outbox_processedevent"
+
+
+def mark_many(count):
+    ProcessedEvent.objects.mark("analytics", [uuid.uuid4() for _ in range(count)])
+
+
+def test_marks_by_hand():
+    mark_many(3)
+    make_old(20, table=MARKS)
+    mark_many(2)
+    emit_many(1)
+    mark_all_published()
+    make_old(20)
+    assert prune("--marks-older-than", "2w", "--dry-run") == "3 processed marks would be deleted"
+    assert ProcessedEvent.objects.count() == 5
+    assert prune("--marks-older-than", "2w") == "3 processed marks deleted"
+    assert (ProcessedEvent.objects.count(), OutboxEvent.objects.count()) == (2, 1)
+    assert prune("--marks-older-than", "2w", "--older-than", "2w") == "1 events deleted\n0 processed marks deleted"
+    with pytest.raises(CommandError, match="say what to delete"):
+        prune()
+
+
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_marks_of_what_kafka_may_still_have_are_not_deleted_by_hand(dry_run):
+    mark_many(1)
+    make_old(5, table=MARKS)
+    with pytest.raises(CommandError, match=r"Kafka keeps records for 7 days.*nothing was deleted"):
+        prune("--marks-older-than", "4d", *dry_run)
+    assert ProcessedEvent.objects.count() == 1
+
+
+def test_marks_of_what_kafka_may_still_have_stay_whatever_the_settings_say(settings):
+    """A check tells of such settings, but checks can be skipped."""
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "PROCESSED_KEEP_DAYS": 2, "TOPIC_RETENTION_DAYS": 5}
+    mark_many(1)
+    make_old(6, table=MARKS)
+    mark_many(1)
+    make_old(4, table=MARKS, where="processed_at > now() - interval '1 day'")
+    with open_session() as session:
+        assert pruning.count_old_marks(session, timedelta(days=2)) == 1
+        list(pruning.housekeeping(session))
+    assert ProcessedEvent.objects.count() == 1
 
 
 def test_a_wrong_age_is_a_clear_error():

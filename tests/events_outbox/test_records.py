@@ -1,6 +1,7 @@
 """Reading records: whatever the bytes are, an event or a reason why not, never another error."""
 
 import uuid
+from datetime import UTC
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,7 +56,20 @@ def test_damaged_events(data):
 def test_timestamps_out_of_range(seconds, nanos):
     base = BaseEvent.FromString(valid_bytes())
     base.timestamp.seconds, base.timestamp.nanos = seconds, nanos
-    assert read(base.SerializeToString()) is not None
+    result = read(base.SerializeToString())
+    try:
+        expected = base.timestamp.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        assert result == "unparsable"
+    else:
+        assert result.timestamp == expected
+
+
+@given(st.datetimes(timezones=st.just(UTC)))
+def test_timestamps_in_range(given):
+    base = BaseEvent.FromString(valid_bytes())
+    base.timestamp.FromDatetime(given)
+    assert read(base.SerializeToString()).timestamp == given
 
 
 @given(st.lists(st.tuples(st.text(max_size=5), st.one_of(st.none(), st.binary(max_size=20)))))

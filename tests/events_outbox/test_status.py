@@ -6,6 +6,8 @@ import re
 import socket
 import subprocess
 import sys
+import time
+import uuid
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -21,20 +23,23 @@ from prometheus_client import CollectorRegistry
 
 from events_outbox.consumer import ConsumerProcess
 from events_outbox.handlers import consumer_named
-from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
+from events_outbox.management.commands import outbox_status
+from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent, RelayCursor, UndeliverableEvent
+from events_outbox.pauses import pause, resume
 from events_outbox.records import Record
 from events_outbox.relay import Relay
 from events_outbox.replay import Replay, Selection
 from events_outbox.status import StatusCollector, count_pending, open_transactions, read_status, readable_seconds
 from tests.events_outbox.conftest import eventually, in_thread
+from tests.services import free_ports
 from voicehelper.devstack.postgres import FORGETFUL, EmbeddedPostgres
 from voicehelper.services import Services, find_services, write_services
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
-def status(capsys):
-    call_command("outbox_status", json=True)
+def status(capsys, *, no_lag=True):
+    call_command("outbox_status", json=True, no_lag=no_lag)
     return json.loads(capsys.readouterr().out)
 
 
@@ -78,9 +83,9 @@ def test_open_dead_letters_are_counted_by_consumer(capsys):
     assert sample("consumer_dead_letters", consumer="audit") == 2
 
 
-def people(capsys):
+def people(capsys, *, no_lag=True):
     """What outbox_status shows to people, by name."""
-    call_command("outbox_status")
+    call_command("outbox_status", no_lag=no_lag)
     return {line[:20].strip(): line[20:] for line in capsys.readouterr().out.splitlines()}
 
 
@@ -143,6 +148,95 @@ def test_discarded_events_are_not_counted_as_undeliverable(emit, capsys):
     assert shown["undeliverable"] == sample("outbox_undeliverable_events") == 2
     assert (shown["undeliverable_to_redrive"], shown["undeliverable_discarded"]) == (1, 1)
     assert people(capsys)["undeliverable"] == "2, of them 1 to be redriven; 1 discarded"
+
+
+# The consumers
+
+
+def consumer_of(shown, name):
+    (found,) = [consumer for consumer in shown["consumers"] if consumer["name"] == name]
+    return found
+
+
+@pytest.mark.apache_kafka
+def test_the_consumers_and_their_lag_are_told(group, capsys):
+    group.write(0, 3, age_seconds=7200)
+    DeadLetter.objects.create(
+        consumer=group.name, event_id=uuid.uuid4(), topic="t", partition=0, offset=0, reason="failed", error="x"
+    )
+    pause(group.name, by="alice", reason="a bad deploy")
+    told = consumer_of(status(capsys, no_lag=False), group.name)
+    assert (told["group_id"], told["dead_letters"], told["lag_events"]) == (group.name, 1, 3)
+    assert 7200 <= told["lag_seconds"] < 7260 and told["lag_not_known"] == ""
+    assert (told["paused_by"], told["pause_reason"]) == ("alice", "a bad deploy")
+    call_command("outbox_status")
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if group.name in line and "events behind" in line]
+    since = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\+00:00"
+    lag = "3 events behind, the oldest 2 h old"
+    assert re.fullmatch(
+        rf" {{20}}{group.name}: {lag}; paused by alice since {since}: a bad deploy; 1 dead letters", line
+    )
+    assert any(line.startswith("consumers           analytics: ") for line in lines)
+
+
+def test_without_kafka_all_the_rest_is_told(settings, emit, capsys, monkeypatch):
+    (port,) = free_ports(1)
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "KAFKA": {"bootstrap.servers": f"127.0.0.1:{port}"}}
+    emit("c1")
+    pause("audit", by="alice", reason="x")
+    started = time.monotonic()
+    shown = status(capsys, no_lag=False)
+    assert time.monotonic() - started < 5
+    assert shown["pending"] == 1 and consumer_of(shown, "audit")["paused_by"] == "alice"
+    assert consumer_of(shown, "audit")["lag_events"] is None
+    assert "Connection refused" in consumer_of(shown, "audit")["lag_not_known"]
+    monkeypatch.setattr(outbox_status, "LAG_SECONDS", 0.1)
+    assert "analytics: lag not known: " in people(capsys, no_lag=False)["consumers"]
+
+
+def test_kafka_is_left_alone_where_lag_is_not_wanted(settings, capsys):
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "KAFKA": {"bootstrap.servers": "127.0.0.1:1"}}
+    started = time.monotonic()
+    assert consumer_of(status(capsys), "audit")["lag_not_known"] == "not asked for"
+    assert people(capsys)["consumers"] == "analytics: lag not known: not asked for"
+    assert time.monotonic() - started < 1
+
+
+def test_a_paused_consumer_is_a_metric():
+    assert sample("consumer_paused", consumer="audit") == 0
+    pause("audit", by="alice", reason="x")
+    assert (sample("consumer_paused", consumer="audit"), sample("consumer_paused", consumer="analytics")) == (1, 0)
+    resume("audit", by="alice")
+    assert sample("consumer_paused", consumer="audit") == 0
+
+
+def test_processed_marks_are_estimated_not_counted(capsys):
+    def mark(count):
+        ProcessedEvent.objects.mark("audit", [uuid.uuid4() for _ in range(count)])
+
+    def rows():
+        return sample("processed_events_rows")
+
+    with connection.cursor() as cursor:
+        # Never analysed: PostgreSQL knows -1 rows.
+        cursor.execute("TRUNCATE events_outbox_processedevent")
+        cursor.execute("SELECT reltuples FROM pg_class WHERE relname = 'events_outbox_processedevent'")
+        assert cursor.fetchone() == (-1,)
+        assert rows() == 0
+        mark(300)
+        cursor.execute("SELECT pg_stat_force_next_flush()")
+        eventually(lambda: rows() == 300)
+        mark(4700)
+        cursor.execute("ANALYZE events_outbox_processedevent")
+        assert rows() == 5000
+        mark(5000)  # grown since
+        assert 9000 < rows() < 11_000
+        cursor.execute("SELECT pg_total_relation_size('events_outbox_processedevent')")
+        assert sample("processed_events_bytes") == cursor.fetchone()[0] > 1_000_000
+    shown = status(capsys)["processed_marks"]
+    assert 9000 < shown["rows"] < 11_000 and shown["bytes"] > 1_000_000
+    assert re.fullmatch(r"about (9|10),\d{3}, [\d.]+ MB", people(capsys)["processed marks"])
 
 
 # The transaction that holds back its own events
@@ -240,7 +334,7 @@ def test_a_prepared_transaction_holds_back_its_events_too(tmp_path):
 def exit_status(*arguments):
     """Of outbox_status, and what it says on standard error."""
     try:
-        call_command("outbox_status", *arguments)
+        call_command("outbox_status", "--no-lag", *arguments)
     except CommandError as error:
         return error.returncode, str(error)
     return 0, ""

@@ -14,7 +14,7 @@ import pytest
 from django.db import connection
 from rest_framework.authtoken.models import Token
 
-from tests.faults.harness import Harness
+from tests.faults.consumers import ConsumerHarness
 from tests.services import free_ports
 from tests.topics import TopicReader
 from voicehelper.identity.models import User
@@ -83,7 +83,7 @@ class Processes:
         return result.stdout
 
     def status(self):
-        return json.loads(self.output("outbox_status", "--json"))
+        return json.loads(self.output("outbox_status", "--json", "--no-lag"))
 
     def logs(self):
         return "\n".join(log.read_text()[-3000:] for log in sorted(self._log_dir.glob("*.log")))
@@ -143,7 +143,7 @@ def kill_hard(process):
 def _one_fault_harness(tmp_path_factory):
     directory = tmp_path_factory.mktemp("faults")
     with (directory / "services.log").open("ab") as log:
-        harness = Harness(directory, output=log.fileno())
+        harness = ConsumerHarness(directory, output=log.fileno())
         try:
             harness.start()
             yield harness
@@ -153,5 +153,8 @@ def _one_fault_harness(tmp_path_factory):
 
 @pytest.fixture
 def fault_harness(_one_fault_harness):
-    """PostgreSQL, Kafka, relays and writers to which faults may happen: see `tests.faults.harness`."""
+    """PostgreSQL, Kafka, relays, writers and consumers to which faults may happen.
+
+    See `tests.faults.harness` and `tests.faults.consumers`.
+    """
     return _one_fault_harness

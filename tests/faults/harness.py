@@ -33,7 +33,7 @@ from voicehelper.devstack.child import Child
 from voicehelper.devstack.postgres import DATABASE, FORGETFUL, EmbeddedPostgres
 from voicehelper.services import BASE_DIR
 
-RELAY, WRITERS, HARNESS = "relay_outbox", "fault_writers", "fault_harness"
+RELAY, WRITERS, MEMBERS, HARNESS = "relay_outbox", "fault_writers", "fault_members", "fault_harness"
 SESSION_SECONDS = 2  # LEADER_SESSION_TIMEOUT_SECONDS in tests/faults/settings.py
 RECOVERY_SECONDS = 60
 RELAY_MEMORY_BYTES = 200_000_000
@@ -351,9 +351,10 @@ class Harness:
     # A run
 
     @contextmanager
-    def run(self, *, relays=2, seed=None, writers=4, batch_size=100):
+    def run(self, *, relays=2, seed=None, writers=4, batch_size=100, writers_pause_seconds=0.02):
         """Writers write and relays publish while the block injects faults; then judge. Yields a `Run`.
 
+        `writers_pause_seconds`: of each writer, after each transaction.
         Afterwards `run` has what was seen: violations, committed, peak_bytes. Fails when a promise was broken.
         """
         run = Run(self, random.randrange(10**9) if seed is None else seed, batch_size)
@@ -363,7 +364,7 @@ class Harness:
         reader = TopicReader(self.kafka.bootstrap_servers, TOPICS)
         try:
             with Watch(self) as watch:
-                self.tell_writers("go", run.seed, writers)
+                self.tell_writers("go", run.seed, writers, writers_pause_seconds)
                 yield run
                 self.heal()
                 self._halt_writers()
@@ -417,7 +418,9 @@ class Harness:
         rows = self.query("SELECT event_id::text FROM events_outbox_outboxevent WHERE event_id = ANY(%s::uuid[])",
                           list(self.ledger.in_doubt))  # fmt: skip
         run.in_doubt = self.ledger.settle({row[0] for row in rows})
-        read = [Written.parse(message.value()) for message in reader.read_rest()]
+        # What handlers emit is not the writers'.
+        messages = [m for m in reader.read_rest() if ("event_type", b"conversation.created") in m.headers()]
+        read = [Written.parse(message.value()) for message in messages]
         # The last records of a frozen leader may arrive late, and so in the next run.
         late = [event for event in read if event.event_id in self._known]
         run.violations = compare([event for event in read if event.event_id not in self._known], self.ledger)
@@ -440,7 +443,7 @@ class Harness:
         assert watch.peak_bytes < RELAY_MEMORY_BYTES, f"{watch.peak_bytes}; {story}"
 
 
-def wait_until(condition, what, timeout_seconds=RECOVERY_SECONDS):
+def wait_until(condition, what, timeout_seconds=RECOVERY_SECONDS, every_seconds=0.02):
     """Wait until `condition()` is true and return what it returned; PostgreSQL may be away meanwhile."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -450,7 +453,7 @@ def wait_until(condition, what, timeout_seconds=RECOVERY_SECONDS):
         except psycopg.OperationalError:
             pass
         assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {what() if callable(what) else what}"
-        time.sleep(0.02)
+        time.sleep(every_seconds)
 
 
 # Faults. Each yields once, while it lasts, the number of batches that may be published twice because of it.
@@ -478,18 +481,23 @@ def leader_terminated(harness):
     leader = harness.someone_to_hit()
     harness.end_relay(leader, Child.ask_to_stop)
     yield 1
+    see_it_end(harness, leader)
+    harness.set_relays(harness._wanted)
+
+
+def see_it_end(harness, child):
+    """A relay, or a member, that was asked to stop."""
     alone = harness.lasting_faults == 1
     try:
-        code = leader.process.wait(10)
+        code = child.process.wait(10)
     except subprocess.TimeoutExpired:
-        # A relay whose database neither answers nor hangs up waits for it: the supervisor's patience ends first.
-        assert not alone, f"{leader.name} does not stop: {leader.log.read_text()[-3000:]}"
-        leader.kill()
+        # One whose database neither answers nor hangs up waits for it: the supervisor's patience ends first.
+        assert not alone, f"{child.name} does not stop: {child.log.read_text()[-3000:]}"
+        child.kill()
     else:
-        log = leader.log.read_text()
+        log = child.log.read_text()
         # Before it has begun it ends like any program.
-        assert code == 0 or (code == -signal.SIGTERM and not log), f"{leader.name} ended with {code}: {log[-3000:]}"
-    harness.set_relays(harness._wanted)
+        assert code == 0 or (code == -signal.SIGTERM and not log), f"{child.name} ended with {code}: {log[-3000:]}"
 
 
 def leader_frozen(harness):
@@ -559,10 +567,10 @@ def postgres_restarted_immediately(harness):
 
 
 def postgres_connections_terminated(harness):
-    """One by one, relays' and writers'."""
+    """One by one, relays', writers' and consumers'."""
     relays = 0
     with suppress(psycopg.OperationalError):
-        for name in (RELAY, WRITERS):
+        for name in (RELAY, WRITERS, MEMBERS):
             for (pid,) in harness.query(SESSIONS_SQL, name):
                 relays += name == RELAY
                 harness.query("SELECT pg_terminate_backend(%s)", pid)
@@ -608,13 +616,13 @@ FAULTS = {
 """By what they hit: only one of a kind happens at a time."""
 
 
-def mixed_faults(run, until):
+def mixed_faults(run, until, faults=FAULTS):
     """One to three faults at a time, overlapping, each of its own kind, until `until()`."""
     while not until():
-        kinds = run.rng.sample(sorted(FAULTS), run.rng.choice([1, 1, 2, 2, 3]))
+        kinds = run.rng.sample(sorted(faults), run.rng.choice([1, 1, 2, 2, 3]))
         with ExitStack() as lasting:
             for kind in kinds:
-                lasting.enter_context(run.fault(run.rng.choice(FAULTS[kind])))
+                lasting.enter_context(run.fault(run.rng.choice(faults[kind])))
                 time.sleep(run.rng.random() * 0.5)
             time.sleep(run.rng.random() * 1.5)
         run.harness.supervise()

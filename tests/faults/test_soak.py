@@ -7,9 +7,10 @@ import time
 import pytest
 
 from tests.faults import harness as faults
+from tests.faults.consumers import ALL_FAULTS
 from tests.faults.harness import mixed_faults
 
-SECONDS = int(os.environ.get("SOAK_SECONDS") or 600)
+SECONDS = int(os.environ.get("SOAK_SECONDS") or 600) // 2  # half for the relay alone, half for consumers
 SEED = int(os.environ.get("SOAK_SEED") or random.SystemRandom().randrange(10**9))
 ROUND_SECONDS = 60
 
@@ -28,6 +29,18 @@ def test_mixed_for_long(fault_harness):
                 fault_harness.tell_writers("big", run.rng.randrange(1000, 30_000), 100)
             end = min(time.monotonic() + ROUND_SECONDS, deadline)
             mixed_faults(run, lambda end=end: time.monotonic() > end)
+
+
+def test_consumers_mixed_for_long(fault_harness):
+    """Rounds of a minute, each judged: one to four members of two consumers, relays, broker and PostgreSQL."""
+    rng = random.Random(SEED)
+    print(f"\nSOAK_SEED={SEED}")
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        members, relays = rng.choice([1, 2, 3, 4]), rng.choice([1, 2])
+        with fault_harness.consumer_run(members=members, relays=relays, seed=rng.randrange(10**9), replays=True) as run:
+            end = min(time.monotonic() + ROUND_SECONDS, deadline)
+            mixed_faults(run, lambda end=end: time.monotonic() > end, ALL_FAULTS)
 
 
 def test_a_transaction_of_half_a_million_events(fault_harness):

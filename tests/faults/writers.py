@@ -12,7 +12,7 @@ from contextlib import ExitStack, suppress
 import django
 
 BURSTS = ("plain", "plain", "first_write", "early_xid", "two", "savepoint", "rollback", "burst")
-MANNER = {"ways": BURSTS, "pause_seconds": 0.02, "long_seconds": None, "survive": True}
+MANNER = {"ways": BURSTS, "long_seconds": None, "survive": True}
 CHUNK = 1000
 
 
@@ -58,9 +58,9 @@ def main(path):
     with ExitStack() as running:
         for serial, line in enumerate(sys.stdin):
             match line.split():
-                case ["go", seed, count]:
+                case ["go", seed, count, pause]:
                     # One transaction stays open for the whole run.
-                    running.enter_context(writers(ledger, seed, count=int(count), **MANNER))
+                    running.enter_context(writers(ledger, seed, count=int(count), pause_seconds=float(pause), **MANNER))
                 case ["big", count, size]:
                     thread = threading.Thread(target=big, args=[f"{seed}-{serial}", int(count), int(size)])
                     running.callback(thread.join)

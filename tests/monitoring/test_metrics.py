@@ -8,11 +8,12 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.registry import Collector
 
-from monitoring import metrics
+from monitoring import metrics, shared_files
 
-from .conftest import sample
+from .conftest import run_python, sample
 
 HANDLER = "consumer_handler_duration_seconds"
+PARTITION = ("consumer", "topic", "partition")
 SPECIFIED = [
     (metrics.HTTP_REQUESTS, "counter", "http_requests", ("service", "method", "path", "status")),
     (
@@ -24,6 +25,7 @@ SPECIFIED = [
     (metrics.OUTBOX_PUBLISHED, "counter", "outbox_events_published", ("topic",)),
     (metrics.OUTBOX_PUBLISH_FAILURES, "counter", "outbox_publish_failures", ("topic", "reason")),
     (metrics.OUTBOX_PUBLISH_BATCH_SECONDS, "histogram", "outbox_publish_batch_duration_seconds", ()),
+    (metrics.CONSUMER_WORKER_RESTARTS, "counter", "consumer_worker_restarts", ("worker",)),
     (metrics.OUTBOX_RELAY_LEADER, "gauge", "outbox_relay_leader", ()),
     (metrics.CONSUMER_HANDLED, "counter", "consumer_events_handled", ("consumer", "event_type")),
     (metrics.CONSUMER_DUPLICATES, "counter", "consumer_events_duplicate", ("consumer",)),
@@ -31,7 +33,11 @@ SPECIFIED = [
     (metrics.CONSUMER_RETRIES, "counter", "consumer_event_retries", ("consumer",)),
     (metrics.CONSUMER_DEAD_LETTERED, "counter", "consumer_events_dead_lettered", ("consumer", "reason")),
     (metrics.CONSUMER_HANDLER_SECONDS, "histogram", HANDLER, ("consumer", "handler")),
-    (metrics.CONSUMER_LAG, "gauge", "consumer_lag_events", ("consumer", "topic", "partition")),
+    (metrics.CONSUMER_LAG, "gauge", "consumer_lag_events", PARTITION),
+    (metrics.CONSUMER_LAG_SECONDS, "gauge", "consumer_lag_seconds", PARTITION),
+    (metrics.CONSUMER_GROUP_LAG, "gauge", "consumer_group_lag_events", PARTITION),
+    (metrics.CONSUMER_GROUP_LAG_SECONDS, "gauge", "consumer_group_lag_seconds", PARTITION),
+    (metrics.CONSUMER_GROUP_LAG_FAILURES, "counter", "consumer_group_lag_failures", ("consumer",)),
 ]
 
 
@@ -117,3 +123,39 @@ def test_openmetrics_is_served_to_who_asks_for_it():
 def test_head_and_other_methods():
     assert Client().head("/metrics").status_code == 200
     assert Client().post("/metrics").status_code == 405
+
+
+SHARED = """
+import os, subprocess, sys
+import django
+django.setup()
+from monitoring import metrics, shared_files
+metrics.CONSUMER_LAG.labels("c", "t", "0").set(5)
+metrics.CONSUMER_LAG.labels("c", "t", "1").set(6)
+shared_files.forget(metrics.CONSUMER_LAG, "c", "t", "0")
+metrics.CONSUMER_RETRIES.labels("c").inc(2)
+metrics.CONSUMER_HANDLER_SECONDS.labels("c", "h").observe(1)
+if sys.argv[1:]:
+    for _ in range(2):
+        child = subprocess.Popen([sys.executable, "-c", os.environ["SHARED"]])
+        assert child.wait() == 0
+        shared_files.bury(child.pid)
+    metrics.CONSUMER_LAG.labels("c", "t", "1").set(7)
+    print(metrics.exposition()[0].decode())
+"""
+
+
+def test_processes_that_share_files_forget_series_and_keep_what_the_dead_have_counted(tmp_path):
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path), "SHARED": SHARED}
+    text = run_python(f"import sys; sys.argv.append('parent')\n{SHARED}", **environment).stdout
+    assert sample(text, "consumer_event_retries_total", consumer="c") == 6
+    assert sample(text, "consumer_handler_duration_seconds_count", consumer="c") == 3
+    assert 'consumer_lag_events{consumer="c",partition="1",topic="t"} 7.0' in text
+    assert 'partition="0"' not in text
+    assert len(list(tmp_path.glob("counter_*.db"))) == 2  # one of the living, one of all dead
+
+
+def test_a_forgotten_series_is_gone():
+    metrics.CONSUMER_LAG.labels("forgotten", "t", "0").set(5)
+    shared_files.forget(metrics.CONSUMER_LAG, "forgotten", "t", "0")
+    assert "forgotten" not in metrics.exposition()[0].decode()

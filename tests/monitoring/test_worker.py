@@ -49,6 +49,26 @@ def test_livez_is_503_without_ticks_and_200_again_after_one():
         assert get(url).status == 200
 
 
+def test_livez_is_503_when_one_of_several_loops_does_not_tick():
+    port = free_port()
+    with Worker("analytics+audit", port, loops=["analytics", "audit"], stale_after_seconds=0.3) as worker:
+        url = f"http://127.0.0.1:{port}/livez"
+
+        def status():
+            worker.tick("analytics")
+            return get(url).status
+
+        assert status() == 200
+        wait_until(lambda: status() == 503, seconds=5)
+        assert get(url).json()["loops"] == ["audit"]
+        worker.tick("audit")
+        assert status() == 200
+        worker.miss("audit")
+        assert status() == 503
+        worker.done("audit")
+        assert status() == 200
+
+
 def test_port_in_use_is_a_clear_error_and_leaves_nothing_behind():
     with closing(socket.create_server(("", 0))) as other:
         port = other.getsockname()[1]

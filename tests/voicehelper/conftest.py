@@ -11,10 +11,7 @@ from rest_framework.authtoken.models import Token
 from rest_framework.test import APIClient
 
 from events_outbox import Event
-from events_outbox.consumer import ConsumerProcess
-from events_outbox.handlers import consumer_named
-from events_outbox.models import OutboxEvent
-from events_outbox.records import Record
+from events_outbox.testing import CapturedEvents, handle_now
 from voicehelper.identity.models import Tenant, User
 from voicehelper.identity.services import create_tenant, register_user
 
@@ -63,28 +60,15 @@ def api() -> Callable[[User], APIClient]:
     return log_in
 
 
-def published_records() -> list[Record]:
-    """The records that the relay would have published by now, in order."""
-    return [
-        Record(topic=row.topic, partition=0, offset=row.id, key=row.aggregate_id.encode(), value=bytes(row.value))
-        for row in OutboxEvent.objects.order_by("id")
-    ]
-
-
 def consume(consumer: str) -> None:
     """Have a consumer handle all that is in the outbox: what `manage.py consume` does, without Kafka."""
-    ConsumerProcess(consumer_named(consumer)).handle_batch(published_records())
+    handle_now(consumer)
 
 
 @pytest.fixture
-def emitted(db) -> Callable[[str], list[Event]]:
-    """The events of a type in the outbox, as a handler would see them."""
-
-    def read(event_type: str) -> list[Event]:
-        events = [record.event(record.envelope()) for record in published_records()]
-        return [event for event in events if event.event_type == event_type]
-
-    return read
+def emitted(db) -> Callable[..., list[Event]]:
+    """The events of a type in the outbox, as a handler would see them; those of other fixtures as well."""
+    return CapturedEvents(after_id=0).of
 
 
 def assert_problem(response, status: int) -> dict:

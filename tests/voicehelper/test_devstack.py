@@ -23,8 +23,9 @@ from confluent_kafka.admin import AdminClient
 
 from events_outbox.catalog import topics
 from events_outbox.conf import OutboxSettings
+from events_outbox.embedded_broker import PARTITIONS
 from tests.services import TOPICS, free_ports
-from voicehelper.devstack import DevstackError, apache_kafka, embedded_broker, supervisor
+from voicehelper.devstack import DevstackError, apache_kafka, supervisor
 from voicehelper.devstack import postgres as postgres_module
 from voicehelper.devstack.child import Child
 from voicehelper.devstack.embedded_broker import EmbeddedBroker
@@ -215,7 +216,7 @@ class TestEmbeddedBroker:
         metadata = AdminClient({"bootstrap.servers": broker.bootstrap_servers}).list_topics(timeout=10)
         partitions = {name: len(topic.partitions) for name, topic in metadata.topics.items()}
         assert partitions == dict.fromkeys(topics(), OutboxSettings().TOPIC_PARTITIONS)
-        assert embedded_broker.PARTITIONS == 6
+        assert PARTITIONS == 6
         assert set(TOPICS) == set(topics())
 
     def test_comes_back_on_its_port_and_has_forgotten(self, broker: EmbeddedBroker) -> None:
@@ -264,7 +265,7 @@ class TestEmbeddedBroker:
 
     def test_exits_with_its_parent(self, tmp_path: Path) -> None:
         port = free_ports(1)[0]
-        command = f"{sys.executable} -m voicehelper.devstack.embedded_broker --port {port} a.events & echo $!; wait"
+        command = f"{sys.executable} -m events_outbox.embedded_broker --port {port} a.events & echo $!; wait"
         with subprocess.Popen(["sh", "-c", command], cwd=BASE_DIR, stdout=subprocess.PIPE, text=True) as parent:
             assert parent.stdout is not None
             pid = int(parent.stdout.readline())

@@ -1,14 +1,20 @@
 import dataclasses
 import json
+from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import Error
+from django.template.defaultfilters import filesizeformat
 from django.utils import timezone
 
+from events_outbox.lag import Lag, read_lags
 from events_outbox.management.arguments import age
-from events_outbox.status import OpenTransaction, OutboxStatus, read_status, readable_seconds
+from events_outbox.status import ConsumerState, OpenTransaction, OutboxStatus, read_status, readable_seconds
+
+LAG_SECONDS = 2.0
+"""How long Kafka is waited for: the rest is known without it."""
 
 
 class Command(BaseCommand):
@@ -20,6 +26,11 @@ class Command(BaseCommand):
     def add_arguments(self, parser: CommandParser) -> None:
         parser.add_argument("--json", action="store_true", help="one JSON object")
         parser.add_argument(
+            "--no-lag",
+            action="store_true",
+            help=f"do not ask Kafka for the consumers' lag ({LAG_SECONDS:.0f} s at most)",
+        )
+        parser.add_argument(
             "--fail-if-older-than", type=age, metavar="AGE", help="e.g. 60s: see above; says why on standard error"
         )
 
@@ -28,17 +39,29 @@ class Command(BaseCommand):
             status = read_status()
         except Error as error:
             raise CommandError(f"the state cannot be read: {str(error).strip()}", returncode=2) from error
+        lags = {} if options["no_lag"] else read_lags(LAG_SECONDS)
         if options["json"]:
-            self.stdout.write(json.dumps(dataclasses.asdict(status), default=str))
+            self.stdout.write(json.dumps(_as_dict(status, lags), default=str))
         else:
-            for name, value in _lines(status):
+            for name, value in _lines(status, lags):
                 self.stdout.write(f"{name:20}{value}")
         limit = options["fail_if_older_than"]
         if limit is not None and (trouble := status.trouble(limit.total_seconds())):
             raise CommandError(trouble, returncode=1)
 
 
-def _lines(status: OutboxStatus) -> list[tuple[str, str]]:
+_NOT_ASKED = Lag(None, None, "not asked for")
+
+
+def _as_dict(status: OutboxStatus, lags: Mapping[str, Lag]) -> dict[str, Any]:
+    shown = dataclasses.asdict(status)
+    for consumer in shown["consumers"]:
+        lag = lags.get(consumer["name"], _NOT_ASKED)
+        consumer |= {"lag_events": lag.events, "lag_seconds": lag.seconds, "lag_not_known": lag.not_known}
+    return shown
+
+
+def _lines(status: OutboxStatus, lags: Mapping[str, Lag]) -> list[tuple[str, str]]:
     counts = ", ".join(f"{consumer} {count}" for consumer, count in status.dead_letters.items())
     undeliverable = f"{status.undeliverable:,}"
     if status.undeliverable_to_redrive:
@@ -56,9 +79,37 @@ def _lines(status: OutboxStatus) -> list[tuple[str, str]]:
         ("open transactions", _open_transactions(status)),
         ("undeliverable", undeliverable),
         ("dead letters", counts or "-"),
+        *(
+            ("" if number else "consumers", _consumer(consumer, lags.get(consumer.name, _NOT_ASKED)))
+            for number, consumer in enumerate(status.consumers)
+        ),
+        ("processed marks", f"about {status.processed_marks.rows:,}, {_size(status.processed_marks.bytes)}"),
         ("published", status.published),
         ("window", status.window or "-"),
     ]
+
+
+def _consumer(consumer: ConsumerState, lag: Lag) -> str:
+    """What is to be said of a consumer; whether it has members is for `consumer_offsets`, which takes longer."""
+    parts = [_lag(lag)]
+    if consumer.paused_at is not None:
+        parts.append(f"paused by {consumer.paused_by} since {_time(consumer.paused_at)}: {consumer.pause_reason}")
+    if consumer.dead_letters:
+        parts.append(f"{consumer.dead_letters:,} dead letters")
+    return f"{consumer.name}: " + "; ".join(parts)
+
+
+def _lag(lag: Lag) -> str:
+    if lag.events is None:
+        return f"lag not known: {lag.not_known}"
+    if not lag.events:
+        return "no lag"
+    oldest = "of unknown age" if lag.seconds is None else f"{readable_seconds(lag.seconds)} old"
+    return f"{lag.events:,} events behind, the oldest {oldest}"
+
+
+def _size(count: int) -> str:
+    return filesizeformat(count).replace("\xa0", " ")
 
 
 def _leader(status: OutboxStatus) -> str:

@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 from django.core.exceptions import ImproperlyConfigured
@@ -5,6 +6,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from events_outbox.management.process import run_until_signalled
 from events_outbox.relay import Relay
+from monitoring.worker import Worker
 
 
 class Command(BaseCommand):
@@ -17,11 +19,8 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         try:
-            run_until_signalled(
-                "relay",
-                options["metrics_port"],
-                lambda tick: Relay(batch_size=options["batch_size"], on_tick=tick),
-                until_empty=options["until_empty"],
-            )
+            with Worker("relay", options["metrics_port"]) as worker:
+                relay = Relay(batch_size=options["batch_size"], on_tick=worker.tick)
+                run_until_signalled(partial(relay.run, until_empty=options["until_empty"]), relay.stop)
         except ImproperlyConfigured as error:
             raise CommandError(str(error)) from error

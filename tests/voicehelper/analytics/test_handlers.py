@@ -67,7 +67,7 @@ def test_both_types_go_to_one_handler_in_one_call(db):
     consumer = consumer_named("analytics")
     assert consumer.group_id == "analytics-service"
     assert consumer.topics == ["conversation.events"]
-    created, sent = (consumer.handler_for(f"conversation.{name}") for name in ("created", "message.sent"))
+    created, sent = (consumer.route(f"conversation.{name}", "v1").handler for name in ("created", "message.sent"))
     assert created is sent
     assert created.is_batch
 
