@@ -135,6 +135,7 @@ def test_a_silent_broker_neither_delays_the_relays_stop_nor_its_loop(kafka, monk
     kafka.pause()
     with in_thread(relay) as thread:
         assert asked.wait(20)
+        eventually(lambda: len(ticks) > 5)
         stopped = time.monotonic()
         relay.stop()
         thread.join(10)
