@@ -394,3 +394,7 @@ class OperatorAction(models.Model):
 
     def __str__(self) -> str:
         return f"{self.action} {self.subject} by {self.by}"
+
+    def why(self) -> str:
+        """The reason that was given, or the error that came of it."""
+        return str(self.reason or self.detail.get("error", ""))

@@ -72,7 +72,7 @@ class ActionFilter(ChoiceFilter):
 
 @admin.register(OperatorAction)
 class OperatorActionAdmin(ReadOnlyAdmin):
-    list_display = ("happened", "action", "consumer", "linked_subject", "by", "reason")
+    list_display = ("happened", "action", "consumer", "linked_subject", "by", "why")
     list_filter = (ConsumerFilter, ActionFilter)
     fields = ("happened", "action", "consumer", "linked_subject", "by", "reason", "detail")
 

@@ -7,6 +7,7 @@ from django.contrib import admin, messages
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
+from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 
 from events_outbox import letter_actions
@@ -41,12 +42,12 @@ class DeadLetterAdmin(EventIdAdmin):
         "id",
         "consumer",
         "event_type",
-        "reason",
+        "short_reason",
         "letter_state",
         "attempts",
         "replays",
         "short_error",
-        "failed",
+        "failed_when",
     )
     list_filter = (StateFilter, ConsumerFilter, "reason", EventTypeFilter, TenantFilter)
     fields = (
@@ -81,7 +82,15 @@ class DeadLetterAdmin(EventIdAdmin):
     def short_error(self, letter: DeadLetter) -> str:
         return letter.error[:120]
 
+    @admin.display(description="reason", ordering="reason")
+    def short_reason(self, letter: DeadLetter) -> str:
+        return letter.reason
+
     @admin.display(description="failed", ordering="failed_at")
+    def failed_when(self, letter: DeadLetter) -> str:
+        return timezone.localtime(letter.failed_at).isoformat(sep=" ", timespec="seconds")
+
+    @admin.display(description="failed")
     def failed(self, letter: DeadLetter) -> str:
         return f"{exact_time(letter.failed_at)}, by {letter.failed_by}"
 
@@ -145,7 +154,7 @@ class DeadLetterAdmin(EventIdAdmin):
     @admin.display(description="audit trail")
     def audit_trail(self, letter: DeadLetter) -> str:
         lines = [
-            (exact_time(action.at), action.action, action.by, action.reason or action.detail.get("error", ""))
+            (exact_time(action.at), action.action, action.by, action.why())
             for action in OperatorAction.objects.about_letter(letter)
         ]
         return format_html_join("", "<div>{} {} by {} {}</div>", lines) or "-"

@@ -304,7 +304,7 @@ def test_a_dead_letter_shows_what_happened(operator, letters):
     ):
         assert shown in text, shown
     listed = page(operator, "deadletter", q=str(letter.event_id))
-    for field, value in (("letter_state", "open"), ("attempts", "2"), ("replays", "1")):
+    for field, value in (("letter_state", "open"), ("short_reason", "failed"), ("attempts", "2"), ("replays", "1")):
         assert f'<td class="field-{field}">{value}</td>' in listed
 
 

@@ -25,7 +25,7 @@ from events_outbox.letter_actions import (
 from events_outbox.models import DeadLetter, OperatorAction, ProcessedEvent
 from events_outbox.pruning import prune_marks
 from events_outbox.records import Record
-from tests.events_outbox.conftest import QUICK, counted, eventually
+from tests.events_outbox.conftest import counted, eventually
 from tests.events_outbox.test_consumer import handle, record_of
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -245,7 +245,7 @@ def test_what_cannot_be_replayed_is_refused_and_left_as_it_was(desk, failed, mon
     with pytest.raises(ReplayRefused, match="no such dead letter"):
         replay_one(letter.pk + 1, by="alice")
     with monkeypatch.context() as patch:
-        patch.setattr(desk.consumer, "_handlers", {})
+        patch.setattr(desk.consumer, "route", lambda *_: None)
         with pytest.raises(ReplayRefused, match=r"no handler of conversation\.created"):
             replay_one(letter.pk, by="alice")
     with monkeypatch.context() as patch:
@@ -456,7 +456,7 @@ def test_a_follower_that_fails_heads_its_key_then(parking, parked, emit):
     parking.handle(emit("b", 0))
     replay_one(letter_of(parked[0]).pk, by="alice")
     assert release(parking.consumer) == 0
-    assert parking.calls.count(("a", 1)) == 1 + QUICK.max_retries
+    assert parking.calls.count(("a", 1)) == 1 + parking.consumer.retry.max_retries
     letter = letter_of(parked[1])
     assert (letter.reason, letter.error, letter.attempts, letter.state) == ("failed", "ValueError: worse", 4, "open")
     assert (letter.replays, letter.failed_by) == (0, "consumer") and [h["reason"] for h in letter.history] == ["behind"]
@@ -470,7 +470,7 @@ def test_a_follower_that_fails_heads_its_key_then(parking, parked, emit):
 def test_a_follower_that_has_no_handler_any_more_heads_its_key(parking, parked, monkeypatch):
     discard(ids(parked[0]), reason="test data", by="alice")
     with monkeypatch.context() as patch:
-        patch.setattr(parking.consumer, "_handlers", {})
+        patch.setattr(parking.consumer, "route", lambda *_: None)
         assert release(parking.consumer) == 0
     letter = letter_of(parked[1])
     assert (letter.reason, letter.attempts) == ("failed", 0) and "no handler of" in letter.error

@@ -102,7 +102,7 @@ class Command(BaseCommand):
         self._section(
             "audit trail",
             "\n".join(
-                f"{_at(action.at)} {action.action} by {action.by} {action.reason or action.detail.get('error', '')}"
+                f"{_at(action.at)} {action.action} by {action.by} {action.why()}"
                 for action in OperatorAction.objects.about_letter(letter)
             ),
         )
