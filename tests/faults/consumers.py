@@ -32,7 +32,7 @@ from voicehelper.services import BASE_DIR
 
 MEMBER_MEMORY_BYTES = 250_000_000
 MOST_MEMBERS = 4
-MEMBER_BATCH_SIZE = 100
+MEMBER_BATCH_SIZE = 50
 EMITTED, FURTHER = "conversation.created", "notification.created"
 """What the writers emit, and what the handlers do."""
 HANDLED = {"skipping": [EMITTED, FURTHER], "parking": [EMITTED]}

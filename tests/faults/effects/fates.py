@@ -41,5 +41,5 @@ def emits(consumer, event_id):
     return _one_in(10, "emits", consumer, event_id)
 
 
-FAILS_AT_RANDOM = 0.005
-"""Share of the calls; four in a row, which would be a dead letter, happen once in 10^9 events."""
+FAILS_AT_RANDOM = 0.003
+"""Share of the calls; four in a row, which would be a dead letter, happen once in 10^10 events."""
