@@ -76,12 +76,12 @@ class handling:
     Not a generator: each event comes by here.
     """
 
-    __slots__ = ("_correlation_id", "_current", "_event", "_event_id", "_tenant_id", "_traceparent")
+    __slots__ = ("_correlation_id", "_current", "_event", "_event_id", "_tenant_id", "_trace_headers")
 
     _correlation_id: Token[str]
     _tenant_id: Token[str]
     _event_id: Token[str | uuid.UUID]
-    _traceparent: Token[str]
+    _trace_headers: Token[Mapping[str, str]]
     _current: Token[Event | None]
 
     def __init__(self, event: Event[Any]) -> None:
@@ -92,12 +92,12 @@ class handling:
         self._correlation_id = context.correlation_id.set(event.correlation_id)
         self._tenant_id = context.tenant_id.set(event.tenant_id)
         self._event_id = context.event_id.set(event.event_id)
-        self._traceparent = context.traceparent.set(event.headers.get("traceparent", ""))
+        self._trace_headers = context.trace_headers.set(event.headers)
         self._current = current_event.set(event)
 
     def __exit__(self, *_: object) -> None:
         current_event.reset(self._current)
-        context.traceparent.reset(self._traceparent)
+        context.trace_headers.reset(self._trace_headers)
         context.event_id.reset(self._event_id)
         context.tenant_id.reset(self._tenant_id)
         context.correlation_id.reset(self._correlation_id)
@@ -215,7 +215,13 @@ class Consumer:
     @property
     def handlers(self) -> list[tuple[str, str | None, Handler]]:
         """What is registered: event type or pattern, the version it is for (None: any), the handler."""
-        return [(event_type, None, handler) for event_type, handler in sorted(self._handlers.items())]
+        by_version: list[tuple[str | None, dict[str, Handler]]] = [(None, self._handlers)]
+        by_version += sorted(self._version_handlers.items())
+        return [
+            (event_type, version, handlers[event_type])
+            for version, handlers in by_version
+            for event_type in sorted(handlers)
+        ]
 
     def __repr__(self) -> str:
         return f"Consumer({self.name!r}, group_id={self.group_id!r})"
@@ -388,7 +394,7 @@ def call_handler(
         for event in events:
             between()
             with handling(event):
-                if may_record(event.headers.get("traceparent", "")):
+                if may_record() and may_record(event.headers.get("traceparent", "")):
                     with _event_span(event):
                         function(event)
                 else:

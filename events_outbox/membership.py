@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import cast
 
-from monitoring import metrics
+from monitoring import metrics, shared_files
 
 from .conf import outbox_settings
 from .handlers import Consumer
@@ -89,7 +90,9 @@ class Membership:
             self._consumer.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         self._left.clear()
-        self._caretaker = threading.Thread(target=self._take_care, name="caretaker", daemon=True)
+        # In a copy of this thread's context: its log lines are the consumer's.
+        care = copy_context().run
+        self._caretaker = threading.Thread(target=care, args=(self._take_care,), name="caretaker", daemon=True)
         self._caretaker.start()
 
     def leave(self) -> None:
@@ -212,7 +215,7 @@ class Membership:
             self._done.pop((topic, partition), None)
             self._done_at_ms.pop((topic, partition), None)
             for gauge in (metrics.CONSUMER_LAG, metrics.CONSUMER_LAG_SECONDS):
-                gauge.remove(self._consumer.name, topic, str(partition))
+                shared_files.forget(gauge, self._consumer.name, topic, str(partition))
 
     # -- trouble -------------------------------------------------------------------------------------------------
 

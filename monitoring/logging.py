@@ -27,7 +27,9 @@ def _origin(record: logging.LogRecord) -> dict[str, str]:
     """What the line belongs to: ids of the trace, tenant, event and correlation, as far as there are any."""
     span = trace.get_current_span().get_span_context()
     ids = {
-        "trace_id": trace.format_trace_id(span.trace_id) if span.is_valid else context.traceparent.get()[3:35],
+        "trace_id": trace.format_trace_id(span.trace_id)
+        if span.is_valid
+        else context.trace_headers.get().get("traceparent", "")[3:35],
         "span_id": trace.format_span_id(span.span_id) if span.is_valid else "",
         "tenant_id": context.tenant_id.get(),
         "event_id": str(context.event_id.get()),

@@ -482,5 +482,5 @@ def test_an_event_id_in_another_spelling_is_the_same_event(make_consumer, emit):
     base = BaseEvent.FromString(bytes(row.value))
     base.event_id = base.event_id.upper()
     other = Record("conversation.events", 0, 1, b"c1", base.SerializeToString())
-    handle(consumer, [record_of(row), other])
+    handle(consumer, [other, record_of(row)])
     assert len(seen) == 1 and seen[0].event_id == row.event_id

@@ -6,12 +6,12 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.utils import timezone
 
 from events_outbox.management.arguments import positive
+from events_outbox.management.tables import print_table, short
 from events_outbox.models import UndeliverableEvent, UndeliverableEventQuerySet
 from events_outbox.operators import system_operator
 from events_outbox.undeliverable import ActionRefused, discard, redrive, with_ids
 
 LIST_LIMIT = 100
-WHY_CHARACTERS = 100
 COLUMNS = ("id", "parked at", "reason", "state", "topic", "aggregate id", "event type", "event id", "why")
 
 
@@ -52,12 +52,7 @@ class Command(BaseCommand):
         if options["json"]:
             self.stdout.write(json.dumps([_as_dict(parked) for parked in shown]))
             return
-        rows = [COLUMNS, *(_as_row(parked) for parked in shown)]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
-        for row in rows if shown else []:
-            self.stdout.write("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
-        total = found.count()
-        self.stdout.write(f"{len(shown)} of {total}" if total > len(shown) else f"{total} undeliverable events")
+        print_table(self.stdout, COLUMNS, [_as_row(parked) for parked in shown], found.count(), "undeliverable events")
 
     def _redrive(self, options: dict[str, Any]) -> None:
         filters = {name: options[name] for name in ("topic", "aggregate_id", "reason")}
@@ -136,7 +131,7 @@ def _as_row(parked: UndeliverableEvent) -> tuple[str, ...]:
         parked.aggregate_id,
         event.event_type,
         str(event.event_id),
-        " ".join(why.split())[:WHY_CHARACTERS],
+        short(why),
     )
 
 
