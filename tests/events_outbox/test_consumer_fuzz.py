@@ -72,7 +72,7 @@ def damaged(draw):
 
 
 values = st.one_of(
-    st.none(), st.just(b""), st.binary(max_size=200), events(), events(), damaged(), st.just(b"\x0a" * 2_000_000)
+    st.none(), st.just(b""), st.binary(max_size=200), events(), events(), damaged(), st.just(b"\x0a" * 1_000_000)
 )
 keys = st.one_of(st.none(), st.sampled_from([b"a", b"b", b"", b"k" * 100_000]), st.binary(max_size=20))
 headers_ = st.lists(st.tuples(st.text(max_size=5), st.one_of(st.none(), st.binary(max_size=20))), max_size=3)
@@ -84,7 +84,7 @@ def effects():
     """The table the handlers write to; returns what is in it, in order."""
     with connection.cursor() as cursor:
         cursor.execute("CREATE TABLE test_effect (id bigserial, event_id uuid, tenant_id text, content text)")
-    yield lambda: _rows("SELECT event_id, tenant_id, content FROM test_effect ORDER BY id")
+    yield lambda: _rows("SELECT event_id, tenant_id, length(content) FROM test_effect ORDER BY id")
     with connection.cursor() as cursor:
         cursor.execute("DROP TABLE test_effect")
 
@@ -124,7 +124,7 @@ def consumer(request):
 offsets = itertools.count()
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(messages)
 def test_any_records_are_handled_skipped_or_kept(consumer, effects, messages):
     records = [

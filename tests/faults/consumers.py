@@ -458,14 +458,20 @@ def members_frozen(harness):
         member.resume()
 
 
-def members_come_and_go(harness):
-    """One more of each joins; when it has partitions, the ones that were there longest leave."""
+def members_join(harness):
+    """Two more of each; while they come, all are at work."""
     before = harness._wanted_members
-    harness.set_members(min(before + 1, MOST_MEMBERS))
-    joining = [harness.members_of(consumer)[-1] for consumer in CONSUMERS]
+    harness.set_members(min(before + 2, MOST_MEMBERS))
+    joining = [member for consumer in CONSUMERS for member in harness.members_of(consumer)[before:]]
     if harness.lasting_faults == 1:
         wait_until(lambda: all(member.is_assigned() for member in joining), "who joins gets partitions")
     yield 0
+
+
+def members_come_and_go(harness):
+    """The same; when they have partitions, the ones that were there longest leave."""
+    before = harness._wanted_members
+    yield from members_join(harness)
     harness.set_members(before)
 
 
