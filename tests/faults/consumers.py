@@ -357,13 +357,8 @@ class ConsumerHarness(Harness):
         self._wait_until_handled(run)
 
     def _replay_all(self):
-        code = (
-            "from events_outbox import dead_letters, models\n"
-            "for letter in models.DeadLetter.objects.open().filter(consumer='parking').order_by('id'):\n"
-            "    dead_letters.replay(letter.pk)"
-        )
         subprocess.run(
-            [sys.executable, "manage.py", "shell", "-v", "0", "-c", code],
+            [sys.executable, "manage.py", "dead_letters", "replay", "--all", "--consumer", "parking"],
             cwd=BASE_DIR,
             env={**self._environment(self.postgres_proxy), "DATABASE_URL": self.postgres.url},
             stdout=self._output,
