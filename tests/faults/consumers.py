@@ -351,7 +351,7 @@ class ConsumerHarness(Harness):
         """The handler works now: what was parked is replayed, in order."""
         with self.connect() as session:
             session.execute("INSERT INTO mended SELECT unnest(%s::uuid[])", [list(held)])
-        wait_until(self._replay_all, "all dead letters are replayed")  # the handler still fails now and then
+        wait_until(self._replay_all, "all dead letters are replayed")
         # What they emit is published and handled too.
         wait_until(lambda: self.query(faults.PENDING_SQL)[0][0] == 0, "all is published")
         self._wait_until_handled(run)
