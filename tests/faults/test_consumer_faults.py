@@ -31,12 +31,14 @@ def test_alone(fault_harness, fault, seconds):
 
 
 def test_members_come_and_go_under_load(fault_harness):
-    """Partitions move while the members are in the midst of full batches, some of them event by event."""
-    with fault_harness.consumer_run(writers_pause_seconds=0.02) as run:
-        for _ in range(2):
-            fault_harness.wait_for_handled(run, 60)
-            with run.fault(consumers.members_come_and_go):
-                time.sleep(0.5)
+    """Most partitions move while their member is in the midst of a full batch, often event by event."""
+    with fault_harness.consumer_run(members=1, writers_pause_seconds=0.04) as run:
+        fault_harness.wait_for_handled(run, 60)
+        with run.fault(consumers.members_come_and_go):
+            pass
+        fault_harness.wait_for_handled(run, 60)
+        with run.fault(consumers.members_join):
+            pass
 
 
 def test_mixed_at_random(fault_harness):
