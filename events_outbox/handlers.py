@@ -215,7 +215,13 @@ class Consumer:
     @property
     def handlers(self) -> list[tuple[str, str | None, Handler]]:
         """What is registered: event type or pattern, the version it is for (None: any), the handler."""
-        return [(event_type, None, handler) for event_type, handler in sorted(self._handlers.items())]
+        by_version: list[tuple[str | None, dict[str, Handler]]] = [(None, self._handlers)]
+        by_version += sorted(self._version_handlers.items())
+        return [
+            (event_type, version, handlers[event_type])
+            for version, handlers in by_version
+            for event_type in sorted(handlers)
+        ]
 
     def __repr__(self) -> str:
         return f"Consumer({self.name!r}, group_id={self.group_id!r})"

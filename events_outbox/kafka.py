@@ -36,6 +36,7 @@ Client = TypeVar("Client", Producer, Consumer, AdminClient)
 TellError = Callable[[KafkaError], None]
 
 OFFSETS_SECONDS = 10.0
+_DAY_MS = 86_400_000
 _ENDS = {"latest": -1, "earliest": -2}  # what ListOffsets takes for a timestamp
 _SECRET_SETTING = re.compile(r"password|secret|token|jaas|oauthbearer\.config|\.pem$")
 _NO_TOKEN_SECONDS = 5.0
@@ -360,7 +361,8 @@ def create_topics(timeout_seconds: float = 30.0) -> list[str]:
             topic,
             num_partitions=conf.TOPIC_PARTITIONS,
             replication_factor=conf.TOPIC_REPLICATION_FACTOR,
-            config={"retention.ms": str(conf.TOPIC_RETENTION_DAYS * 86_400_000)},
+            # Kafka deletes whole segments: with its default of a week, a record could live as much longer.
+            config={"retention.ms": str(conf.TOPIC_RETENTION_DAYS * _DAY_MS), "segment.ms": str(_DAY_MS)},
         )
         for topic in topics()
         if topic not in there

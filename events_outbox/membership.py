@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial
 from typing import cast
 
-from monitoring import metrics
+from monitoring import metrics, shared_files
 
 from .conf import outbox_settings
 from .handlers import Consumer
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 CARE_SECONDS = 0.25
 BREATH_SECONDS = 1.0
+COMMIT_AGAIN_SECONDS = 1.0
 LEAVE_SECONDS = 5.0
 LAG_SECONDS = 2.0
 TROUBLE_SECONDS = 10.0
@@ -73,6 +75,7 @@ class Membership:
         self._done_at_ms: dict[Partition, int] = {}
         self._uncommitted: set[Partition] = set()
         self._is_committing = False
+        self._commit_after = 0.0
         # A partition that was taken away while it was paused is still paused when it comes back.
         self._is_paused = False
         self._held: list[Record] = []
@@ -89,7 +92,9 @@ class Membership:
             self._consumer.topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_lost
         )
         self._left.clear()
-        self._caretaker = threading.Thread(target=self._take_care, name="caretaker", daemon=True)
+        # In a copy of this thread's context: its log lines are the consumer's.
+        care = copy_context().run
+        self._caretaker = threading.Thread(target=care, args=(self._take_care,), name="caretaker", daemon=True)
         self._caretaker.start()
 
     def leave(self) -> None:
@@ -212,7 +217,7 @@ class Membership:
             self._done.pop((topic, partition), None)
             self._done_at_ms.pop((topic, partition), None)
             for gauge in (metrics.CONSUMER_LAG, metrics.CONSUMER_LAG_SECONDS):
-                gauge.remove(self._consumer.name, topic, str(partition))
+                shared_files.forget(gauge, self._consumer.name, topic, str(partition))
 
     # -- trouble -------------------------------------------------------------------------------------------------
 
@@ -255,10 +260,11 @@ class Membership:
         one carries what has been done since. Call it in every round, also of none.
         """
         with self._lock:
-            if self._client is not None and self._uncommitted and not self._is_committing:
+            is_due = bool(self._uncommitted) and time.monotonic() >= self._commit_after
+            if self._client is not None and is_due and not self._is_committing:
                 self._is_committing = True
-                self._send_offsets(self._client, self._uncommitted)
-                self._uncommitted = set()
+                partitions, self._uncommitted = self._uncommitted, set()
+                self._send_offsets(self._client, partitions)
 
     def _send_offsets(self, client: KafkaClient, partitions: set[Partition]) -> None:
         """Whatever fails costs a redelivery, which the processed marks absorb."""
@@ -277,6 +283,9 @@ class Membership:
         errors = [error, *(offset.error for offset in offsets)]
         if failed := next((e for e in errors if e is not None), None):
             logger.warning("offsets not committed", extra={"error": failed.str()})
+            # Again soon: where nothing more comes, they would stay behind, and the group's lag with them.
+            self._uncommitted |= {(o.topic, o.partition) for o in offsets} & self.owned
+            self._commit_after = time.monotonic() + COMMIT_AGAIN_SECONDS
 
     # -- staying in the group ------------------------------------------------------------------------------------
 

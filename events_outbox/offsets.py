@@ -126,7 +126,7 @@ class GroupReader:
             for place, offset in _by_place(self._client.committed(asked, _left(deadline))).items()
         }
         starts = self._offsets_at(places, OFFSET_BEGINNING, deadline)
-        starts_at: Start = getattr(self._consumer, "start_at", "earliest")
+        starts_at: Start = self._consumer.start_at
         uncommitted = [place for place in places if committed[place] is None]
         begins = dict(starts)
         if starts_at != "earliest" and uncommitted:

@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
-from tests.benchmarks.bench import Drain, start_of
+from tests.benchmarks.bench import QUICK, Drain, start_of
+from tests.benchmarks.latency import WARM_UP_SECONDS, by_round
 from tests.benchmarks.report import Row, exit_code, markdown, median_and_spread, number, percentile, table, write_json
 
 
@@ -140,3 +142,10 @@ def test_the_start_is_taken_off_a_rate():
     assert start == pytest.approx(0.5)
     assert many[0].rate(start) == pytest.approx(1000)
     assert Drain(10, 1.5, 0.1).rate(start) == pytest.approx(10)
+
+
+def test_latencies_are_sorted_into_rounds_by_commit_without_the_warming_up():
+    scale = replace(QUICK, rounds=2, latency_seconds=10)
+    begin = 1000.0 + WARM_UP_SECONDS
+    measured = [(1000.0, 9.0), (begin + 9.9, 1.0), (begin, 2.0), (begin + 10, 3.0), (begin + 20, 9.0)]
+    assert by_round(scale, measured) == [[1.0, 2.0], [3.0]]

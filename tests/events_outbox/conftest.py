@@ -34,6 +34,9 @@ def emit():
     return emit
 
 
+QUICK = RetryPolicy(initial_delay_seconds=0.001)
+
+
 @pytest.fixture
 def make_consumer():
     """Make consumers of their own group, unregistered afterwards."""
@@ -42,7 +45,7 @@ def make_consumer():
     def make(**options):
         name = f"test-{random.randrange(10**9)}"
         made.append(name)
-        return Consumer(name, group_id=name, **{"retry": RetryPolicy(initial_delay_seconds=0.001), **options})
+        return Consumer(name, group_id=name, **{"retry": QUICK, **options})
 
     yield make
     for name in made:

@@ -8,8 +8,8 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from confluent_kafka import Consumer as Client
-from confluent_kafka import KafkaError, KafkaException, Producer
+from confluent_kafka import Consumer as KafkaClient
+from confluent_kafka import KafkaError, KafkaException, Producer, TopicPartition
 
 from events_outbox import RetryPolicy, pauses
 from events_outbox.consumer import ConsumerProcess
@@ -129,7 +129,7 @@ def test_a_partition_that_is_lost_and_comes_back_in_one_batch_is_not_skipped(mak
 
     def come_and_go():
         """Another member takes some of the partitions during the first wait, and leaves during the second."""
-        other = Client(
+        other = KafkaClient(
             {
                 "bootstrap.servers": kafka.bootstrap_servers,
                 "group.id": consumer.group_id,
@@ -465,38 +465,66 @@ def test_lag_in_events_and_seconds(make_consumer, emit, at_the_end, monkeypatch)
         eventually(lambda: len(calls) == 5 and lag("events") == 0 == lag("seconds"))
 
 
+class Client:
+    """A Kafka client, one of whose methods is another one."""
+
+    def __init__(self, client, **methods):
+        self._client = client
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name):
+        return getattr(self._client, name)
+
+
+def lose_broker(**_):
+    raise KafkaException(KafkaError(KafkaError._TRANSPORT))
+
+
 @pytest.mark.apache_kafka
 def test_a_client_that_has_lost_a_broker_which_is_there_is_replaced(
     make_consumer, emit, at_the_end, monkeypatch, caplog
 ):
-    """Our client finds no broker; another one does."""
+    """Our client finds no broker, as can be with librdkafka; another one does."""
     monkeypatch.setattr("events_outbox.membership.TROUBLE_SECONDS", 0.1)
     consumer = make_consumer()
     counts = group_counter(consumer)
     at_the_end(consumer)
     process = ConsumerProcess(consumer)
-
-    class Lost:
-        """A client whose every look for the broker fails, as librdkafka's does then."""
-
-        def __init__(self, client):
-            self._client = client
-
-        def __getattr__(self, name):
-            return getattr(self._client, name)
-
-        def list_topics(self, **_):
-            raise KafkaException(KafkaError(KafkaError._TRANSPORT))
-
     with in_thread(process):
         eventually(lambda: process.group.owned)
-        first = process.group._client
         with process.group._lock:
-            process.group._client = Lost(first)
+            process.group._client = lost = Client(process.group._client, list_topics=lose_broker)
             process.group._trouble_at = 0.0
-        eventually(lambda: process.group.owned and process.group._client is not first)
-        eventually(lambda: not isinstance(process.group._client, Lost))
+        eventually(lambda: process.group.owned and process.group._client is not lost)
         emit("c1", 0)
         Relay().run(until_empty=True)
         eventually(lambda: counts() == {0: 1})
     assert any("lost a broker that is there" in getattr(line, "error", "") for line in caplog.records)
+
+
+def test_offsets_that_were_not_committed_are_sent_again(make_consumer, emit, at_the_end, kafka, monkeypatch):
+    """Also where nothing more comes to the partition."""
+    monkeypatch.setattr("events_outbox.membership.COMMIT_AGAIN_SECONDS", 0.1)
+    consumer, refused = make_consumer(), []
+    counts = group_counter(consumer)
+    at_the_end(consumer)
+    process = ConsumerProcess(consumer)
+
+    def refuse_once(**arguments):
+        if not refused:
+            refused.append(arguments["offsets"])
+            raise KafkaException(KafkaError(KafkaError.ILLEGAL_GENERATION))
+        process.group._client._client.commit(**arguments)
+
+    with in_thread(process):
+        eventually(lambda: process.group.owned)
+        with process.group._lock:
+            process.group._client = Client(process.group._client, commit=refuse_once)
+        emit("c1", 0)
+        Relay().run(until_empty=True)
+        eventually(lambda: counts() == {0: 1} and refused)
+        ((place,),) = refused
+        asking = KafkaClient({"bootstrap.servers": kafka.bootstrap_servers, "group.id": consumer.group_id})
+        partition = [TopicPartition(place.topic, place.partition)]
+        eventually(lambda: asking.committed(partition, timeout=10)[0].offset == place.offset)
+        asking.close()

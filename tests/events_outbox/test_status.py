@@ -200,7 +200,7 @@ def test_kafka_is_left_alone_where_lag_is_not_wanted(settings, capsys):
     started = time.monotonic()
     assert consumer_of(status(capsys), "audit")["lag_not_known"] == "not asked for"
     assert people(capsys)["consumers"] == "analytics: lag not known: not asked for"
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 2
 
 
 def test_a_paused_consumer_is_a_metric():

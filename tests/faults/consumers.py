@@ -32,6 +32,7 @@ from voicehelper.services import BASE_DIR
 
 MEMBER_MEMORY_BYTES = 250_000_000
 MOST_MEMBERS = 4
+MEMBER_BATCH_SIZE = 50
 EMITTED, FURTHER = "conversation.created", "notification.created"
 """What the writers emit, and what the handlers do."""
 HANDLED = {"skipping": [EMITTED, FURTHER], "parking": [EMITTED]}
@@ -176,11 +177,9 @@ class ConsumerHarness(Harness):
             for _ in range(count - len(members)):
                 environment = self._environment(self.postgres_proxy, MEMBERS) | {"EFFECTS_GROUP": self._group}
                 number = next(self._serial)
-                self.members.append(Member(number, consumer, self.directory, environment, self.member_batch_size))
+                self.members.append(Member(number, consumer, self.directory, environment, MEMBER_BATCH_SIZE))
             for member in leaving:
                 see_it_end(self, member)
-
-    member_batch_size = 50
 
     def _found_groups(self):
         """New groups, which begin at the end of the topics: what was before is no business of theirs."""
@@ -310,12 +309,12 @@ class ConsumerHarness(Harness):
 
     def _held(self, consumer):
         """The events that must be dead letters: those that fail, and with parking what comes behind them."""
-        held, parked = set(), {}
+        held, parked = set(), set()
         for event in sorted(self.ledger.committed.values(), key=lambda event: event.number):
             if fates.fails(consumer, event.event_id, event.aggregate) or event.aggregate in parked:
                 held.add(event.event_id)
                 if consumer == "parking":
-                    parked[event.aggregate] = True
+                    parked.add(event.aggregate)
         return held
 
     def _judge_effects(self, run, consumer, held):
@@ -352,19 +351,14 @@ class ConsumerHarness(Harness):
         """The handler works now: what was parked is replayed, in order."""
         with self.connect() as session:
             session.execute("INSERT INTO mended SELECT unnest(%s::uuid[])", [list(held)])
-        wait_until(self._replay_all, "all dead letters are replayed")  # the handler still fails now and then
+        wait_until(self._replay_all, "all dead letters are replayed")
         # What they emit is published and handled too.
         wait_until(lambda: self.query(faults.PENDING_SQL)[0][0] == 0, "all is published")
         self._wait_until_handled(run)
 
     def _replay_all(self):
-        code = (
-            "from events_outbox import dead_letters, models\n"
-            "for letter in models.DeadLetter.objects.open().filter(consumer='parking').order_by('id'):\n"
-            "    dead_letters.replay(letter.pk)"
-        )
         subprocess.run(
-            [sys.executable, "manage.py", "shell", "-v", "0", "-c", code],
+            [sys.executable, "manage.py", "dead_letters", "replay", "--all", "--consumer", "parking"],
             cwd=BASE_DIR,
             env={**self._environment(self.postgres_proxy), "DATABASE_URL": self.postgres.url},
             stdout=self._output,
@@ -459,14 +453,20 @@ def members_frozen(harness):
         member.resume()
 
 
-def members_come_and_go(harness):
-    """One more of each joins; when it has partitions, the ones that were there longest leave."""
+def members_join(harness):
+    """Two more of each; while they come, all are at work."""
     before = harness._wanted_members
-    harness.set_members(min(before + 1, MOST_MEMBERS))
-    joining = [harness.members_of(consumer)[-1] for consumer in CONSUMERS]
+    harness.set_members(min(before + 2, MOST_MEMBERS))
+    joining = [member for consumer in CONSUMERS for member in harness.members_of(consumer)[before:]]
     if harness.lasting_faults == 1:
         wait_until(lambda: all(member.is_assigned() for member in joining), "who joins gets partitions")
     yield 0
+
+
+def members_come_and_go(harness):
+    """The same; when they have partitions, the ones that were there longest leave."""
+    before = harness._wanted_members
+    yield from members_join(harness)
     harness.set_members(before)
 
 

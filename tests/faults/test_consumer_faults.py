@@ -17,7 +17,6 @@ pytestmark = pytest.mark.apache_kafka
         (consumers.members_killed, 0.2),
         (consumers.members_terminated, 0.2),
         (consumers.members_frozen, 0.5),
-        (consumers.members_come_and_go, 0.5),
         (harness.broker_killed, 0.5),
         (harness.postgres_restarted_immediately, 0.5),
         (harness.postgres_connections_terminated, 0.2),
@@ -29,6 +28,17 @@ def test_alone(fault_harness, fault, seconds):
         with run.fault(fault):
             time.sleep(seconds)
         fault_harness.wait_for_handled(run, 60)
+
+
+def test_members_come_and_go_under_load(fault_harness):
+    """Most partitions move while their member is in the midst of a full batch, often event by event."""
+    with fault_harness.consumer_run(members=1, writers_pause_seconds=0.04) as run:
+        fault_harness.wait_for_handled(run, 60)
+        with run.fault(consumers.members_come_and_go):
+            pass
+        fault_harness.wait_for_handled(run, 60)
+        with run.fault(consumers.members_join):
+            pass
 
 
 def test_mixed_at_random(fault_harness):

@@ -1,12 +1,11 @@
 """The consumers of the fault tests: each event leaves one row in the table `effect`, and may have a fate."""
 
 import os
-import random
 import time
 
 from django.db import connection, transaction
 
-from events_outbox import Consumer, PermanentEventError, RetryPolicy, emit_event
+from events_outbox import Consumer, PermanentEventError, emit_event
 from voicehelper.conversations.events import CONVERSATION_CREATED
 from voicehelper.notifications.events import NOTIFICATION_CREATED
 from voicehelper.proto.notification_pb2 import NotificationCreatedPayload
@@ -14,10 +13,10 @@ from voicehelper.proto.notification_pb2 import NotificationCreatedPayload
 from . import fates
 
 _GROUP = os.environ.get("EFFECTS_GROUP", "effects")  # each run that begins without members has its own
-_RETRY = RetryPolicy(initial_delay_seconds=0.02)
 
-skipping = Consumer("skipping", group_id=f"{_GROUP}-skipping", on_failure="skip", retry=_RETRY)
-parking = Consumer("parking", group_id=f"{_GROUP}-parking", on_failure="park_key", retry=_RETRY)
+skipping = Consumer("skipping", group_id=f"{_GROUP}-skipping", on_failure="skip")
+parking = Consumer("parking", group_id=f"{_GROUP}-parking", on_failure="park_key")
+_came_before = set()
 
 
 @skipping.handles(CONVERSATION_CREATED)
@@ -47,8 +46,10 @@ def _write(consumer, events):
 
 
 def _meet_fate(consumer, event):
-    if random.random() < fates.FAILS_AT_RANDOM:
-        raise ConnectionError("this time")
+    if fates.fails_at_first(consumer, event.event_id) and event.event_id not in _came_before:
+        _came_before.add(event.event_id)
+        if not _is_mended(event.event_id):
+            raise ConnectionError("this time")
     if fates.fails(consumer, event.event_id, event.aggregate_id) and not _is_mended(event.event_id):
         error = PermanentEventError if fates.is_permanent(consumer, event.event_id) else ValueError
         raise error("each time")

@@ -41,5 +41,6 @@ def emits(consumer, event_id):
     return _one_in(10, "emits", consumer, event_id)
 
 
-FAILS_AT_RANDOM = 0.002
-"""Share of the calls; four in a row, which would be a dead letter, happen once in 10^11 events."""
+def fails_at_first(consumer, event_id):
+    """The first time that a member comes to it: most batches are so redone event by event."""
+    return _one_in(60, "fails at first", consumer, event_id)
