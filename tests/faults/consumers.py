@@ -360,7 +360,7 @@ class ConsumerHarness(Harness):
 
     def _replay_all(self):
         subprocess.run(
-            [sys.executable, "manage.py", "dead_letters", "replay", "--all", "--consumer", "parking"],
+            [sys.executable, "manage.py", "dead_letters", "replay", "--consumer", "parking"],
             cwd=BASE_DIR,
             env={**self._environment(self.postgres_proxy), "DATABASE_URL": self.postgres.url},
             stdout=self._output,
