@@ -1,7 +1,8 @@
 """Tables of the outbox and of the consumers, and the questions asked of them as QuerySet verbs."""
 
+import uuid
 from base64 import b64decode
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
 from uuid import UUID
 
@@ -13,6 +14,9 @@ from .fields import PgSnapshot, PgSnapshotField, Xid8Field, nothing_seen
 
 Key = tuple[str, bytes]
 """Topic and key of a record: what is handled in order."""
+
+
+EventId = uuid.UUID | str
 
 
 def visible_in(snapshot: PgSnapshot) -> Func:
@@ -169,8 +173,8 @@ class UndeliverableEvent(models.Model):
 
 
 class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
-    def mark(self, consumer: str, event_ids: Sequence[str]) -> set[str]:
-        """Insert the marks in one statement and return the ids that had none yet. Ids are in canonical text form.
+    def mark(self, consumer: str, event_ids: Iterable[EventId]) -> set[str]:
+        """Insert the marks in one statement and return the ids that had none yet, in their canonical text form.
 
         ON CONFLICT settles the race with another member of the group that handles the same event: it waits for that
         transaction and takes the id only if it rolled back.
@@ -183,7 +187,7 @@ class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
             )
             return {row[0] for row in cursor.fetchall()}
 
-    def marked(self, consumer: str, event_ids: Sequence[str]) -> set[str]:
+    def marked(self, consumer: str, event_ids: Iterable[EventId]) -> set[str]:
         """Return those of the ids that have a mark: for many duplicates cheaper than trying to insert them."""
         with connection.cursor() as cursor:
             cursor.execute(
@@ -203,9 +207,9 @@ class ProcessedEventQuerySet(models.QuerySet["ProcessedEvent"]):
         return bool(self.mark(consumer, [str(event_id)]))
 
 
-def _array(event_ids: Sequence[str]) -> str:
+def _array(event_ids: Iterable[EventId]) -> str:
     """The ids as the text of one array: as a list it would take several times longer to pass them."""
-    return f"{{{','.join(event_ids)}}}"
+    return f"{{{','.join(map(str, event_ids))}}}"
 
 
 class ProcessedEvent(models.Model):

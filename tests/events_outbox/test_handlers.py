@@ -519,5 +519,5 @@ def test_the_context_of_an_event_ends_with_its_handler(make_consumer):
     with pytest.raises(ValueError):
         call_handler(consumer.name, consumer.route("conversation.created", "v1").handler, [event])
     assert seen == [(event, "t1", "chain")]
-    left = (current_event.get(), context.tenant_id.get(), context.event_id.get(), context.traceparent.get())
-    assert left == (None, "", "", "")
+    left = (current_event.get(), context.tenant_id.get(), context.event_id.get(), context.trace_headers.get())
+    assert left == (None, "", "", {})
