@@ -127,20 +127,23 @@ class Membership:
             if self._is_paused:
                 client.resume(client.assignment())
                 self._is_paused = False
+            records, self._held = self._held or self._fetch(client, size), []
+            # Only now: a partition that was lost and came back meanwhile is ours, and these are its records.
             self._gone.clear()
-            records, self._held = self._held, []
-            if not records:
-                first = client.poll(POLL_SECONDS)
-                if first is not None:
-                    # consume(n, t) would wait the whole t when fewer than n are there.
-                    messages = [first, *client.consume(size - 1, 0)]
-                    records = [_record(m) for m in messages if self._is_good(m)]
-                    self._trouble_at = None
-                else:
-                    self._look_for_broker(client)
             self._polled()
-            # A rebalance inside poll() may have taken the partition of a record that was fetched before.
             return [record for record in records if (record.topic, record.partition) in self.owned]
+
+    def _fetch(self, client: KafkaClient, size: int) -> list[Record]:
+        first = client.poll(POLL_SECONDS)
+        if first is None:
+            self._look_for_broker(client)
+            return []
+        self._trouble_at = None
+        self._gone.clear()
+        messages = client.consume(size - 1, 0)  # consume(n, t) would wait the whole t when fewer than n are there
+        if (first.topic(), first.partition()) not in self._gone:  # else it comes again, to whoever has the partition
+            messages.insert(0, first)
+        return [_record(message) for message in messages if self._is_good(message)]
 
     def put_back(self, records: Sequence[Record]) -> None:
         """Let the next batch begin with those of the records that are neither done nor lost."""

@@ -16,6 +16,7 @@ from events_outbox.consumer import ConsumerProcess
 from events_outbox.models import DeadLetter, OperatorAction, ProcessedEvent, RelayCursor
 from events_outbox.policies import FailureGuard
 from events_outbox.proto.base_event_pb2 import BaseEvent
+from events_outbox.records import Record
 from events_outbox.relay import Relay
 from tests.events_outbox.conftest import counted, eventually, group_counter, in_thread
 from voicehelper.proto.identity_pb2 import UserRegisteredPayload
@@ -500,6 +501,57 @@ def test_a_client_that_has_lost_a_broker_which_is_there_is_replaced(
         Relay().run(until_empty=True)
         eventually(lambda: counts() == {0: 1})
     assert any("lost a broker that is there" in getattr(line, "error", "") for line in caplog.records)
+
+
+def test_a_partition_that_goes_and_comes_back_inside_a_poll_is_not_skipped(make_consumer, emit, at_the_end):
+    """What was fetched is of the new time that it is ours, and event by event too it is to be handled."""
+    consumer, failures = make_consumer(), []
+    counts = group_counter(consumer)
+    count = unregister(consumer)
+
+    @consumer.handles("conversation.created")
+    def fail_once_then_count(event):
+        if not failures:
+            failures.append(event)
+            raise ValueError("not in a batch")
+        count(event)
+
+    def goes_and_comes(seconds):
+        group, client = process.group, process.group._client._client
+        if (message := client.poll(seconds)) is not None:
+            partition = [TopicPartition(message.topic(), message.partition())]
+            group._on_lost(client, partition)
+            group._on_assign(client, partition)
+        return message
+
+    at_the_end(consumer)
+    process = ConsumerProcess(consumer)
+    with in_thread(process):
+        eventually(lambda: process.group.owned)
+        with process.group._lock:
+            process.group._client = Client(process.group._client, poll=goes_and_comes)
+        for number in range(30):
+            emit("c1", number)
+        Relay().run(until_empty=True)
+        eventually(lambda: set(counts()) == set(range(30)) and failures)
+
+
+def test_what_is_done_of_a_partition_that_was_lost_meanwhile_is_not_committed(make_consumer, emit):
+    """Also where it has come back: it begins again at its committed offset."""
+    consumer = make_consumer()
+    process = ConsumerProcess(consumer)
+    place = [TopicPartition("conversation.events", 0)]
+    process.group._on_assign(None, place)
+
+    @consumer.handles("conversation.created")
+    def lose_it(event):
+        process.group._on_lost(None, place)
+        process.group._on_assign(None, place)
+
+    row = emit("c1")
+    record = Record(row.topic, 0, 7, row.aggregate_id.encode(), bytes(row.value))
+    process.handle_batch([record])
+    assert process.group.has_lost(record) and not process.group._done and not process.group._uncommitted
 
 
 def test_offsets_that_were_not_committed_are_sent_again(make_consumer, emit, at_the_end, kafka, monkeypatch):
