@@ -21,7 +21,7 @@ from events_outbox.relay import Relay
 from tests.events_outbox.conftest import counted, eventually, group_counter, in_thread
 from voicehelper.proto.identity_pb2 import UserRegisteredPayload
 
-pytestmark = pytest.mark.django_db(transaction=True)
+pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("kafka")]
 
 
 def test_records_are_handled_once_and_offsets_committed(make_consumer, emit, at_the_end):
