@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 
 from google.protobuf.message import DecodeError, Message
 
-from .catalog import event_type_for, upcast
+from .catalog import EventType, event_type_for, upcast
 from .exceptions import PayloadMismatch, UnknownEventType
 from .handlers import Event, Route
 from .models import DeadLetter
@@ -137,7 +137,7 @@ class Record:
             entry = event_type_for(base.event_type, base.event_version)
         except UnknownEventType as error:
             raise UnreadableRecord(DeadLetter.Reason.UNKNOWN_TYPE, str(error)) from None
-        payload, metadata = _payload(base, entry.payload), base.metadata
+        payload, metadata = _payload(base, entry), base.metadata
         if version is None or version == base.event_version:
             version = base.event_version
         else:
@@ -200,10 +200,12 @@ def _timestamp(base: BaseEvent) -> datetime:
     raise UnreadableRecord(DeadLetter.Reason.UNPARSABLE, f"timestamp out of range: {seconds} s, {nanos} ns")
 
 
-def _payload(base: BaseEvent, expected: type[Message]) -> Message:
-    carried = base.payload
-    name = carried.type_url.rpartition("/")[2]
-    if name != expected.DESCRIPTOR.full_name:
+def _payload(base: BaseEvent, entry: EventType) -> Message:
+    carried, expected = base.payload, entry.payload
+    # The usual URL first: a message's name takes long to ask for.
+    if (url := carried.type_url) != entry.type_url and (
+        (name := url.rpartition("/")[2]) != expected.DESCRIPTOR.full_name
+    ):
         raise UnreadableRecord(
             DeadLetter.Reason.PAYLOAD_MISMATCH,
             f"{base.event_type} {base.event_version} carries {name or 'no payload'}, "
@@ -212,7 +214,9 @@ def _payload(base: BaseEvent, expected: type[Message]) -> Message:
     try:
         return expected.FromString(carried.value)
     except DecodeError as error:
-        raise UnreadableRecord(DeadLetter.Reason.PAYLOAD_MISMATCH, f"damaged {name}: {error}") from None
+        raise UnreadableRecord(
+            DeadLetter.Reason.PAYLOAD_MISMATCH, f"damaged {expected.DESCRIPTOR.full_name}: {error}"
+        ) from None
 
 
 def _upcast(base: BaseEvent, payload: Message, version: str) -> Message:
