@@ -40,6 +40,7 @@ class StateFilter(admin.SimpleListFilter):
 class DeadLetterAdmin(EventIdAdmin):
     list_display = (
         "id",
+        "failed_when",
         "consumer",
         "event_type",
         "short_reason",
@@ -47,7 +48,6 @@ class DeadLetterAdmin(EventIdAdmin):
         "attempts",
         "replays",
         "short_error",
-        "failed_when",
     )
     list_filter = (StateFilter, ConsumerFilter, "reason", EventTypeFilter, TenantFilter)
     fields = (
@@ -80,7 +80,7 @@ class DeadLetterAdmin(EventIdAdmin):
 
     @admin.display(description="error")
     def short_error(self, letter: DeadLetter) -> str:
-        return letter.error[:120]
+        return letter.error[:60]
 
     @admin.display(description="reason", ordering="reason")
     def short_reason(self, letter: DeadLetter) -> str:
