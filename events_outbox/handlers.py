@@ -40,9 +40,10 @@ from .policies import FailureGuard, RetryPolicy
 Payload = TypeVar("Payload", bound=Message, default=Message)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Not frozen, as others here are: one is made for each event, and a frozen one takes four times as long to make.
+@dataclass(slots=True, kw_only=True)
 class Event(Generic[Payload]):
-    """An event as a handler sees it: the specification's BaseEvent with its typed payload, and where it lay.
+    """An event as a handler sees it, to read only: the specification's BaseEvent, its payload, and where it lay.
 
     `Event[OrderPlacedPayload]` says of which message the payload is; the catalog sees to it. `event_version` is that
     of the payload, also where an upcaster made it. `timestamp`: when it happened, in UTC. `headers`: the record's,
