@@ -126,6 +126,8 @@ def make_consumer(
             "socket.timeout.ms": 10_000,
             # Bounds the memory of what is fetched ahead.
             "queued.max.messages.kbytes": 16384,
+            # At that bound it pauses; with the default of a second it would then stand idle for most of it.
+            "fetch.queue.backoff.ms": 20,
             **conf.KAFKA,
             **conf.KAFKA_CONSUMER,
             "error_cb": on_error,
