@@ -1,6 +1,5 @@
 """Tables of the outbox and of the consumers, and the questions asked of them as QuerySet verbs."""
 
-import uuid
 from base64 import b64decode
 from collections.abc import Collection, Iterable
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ Key = tuple[str, bytes]
 """Topic and key of a record: what is handled in order."""
 
 
-EventId = uuid.UUID | str
+EventId = UUID | str
 
 
 def visible_in(snapshot: PgSnapshot) -> Func:

@@ -45,8 +45,6 @@ class DeadLetterAdmin(EventIdAdmin):
         "event_type",
         "short_reason",
         "letter_state",
-        "attempts",
-        "replays",
         "short_error",
     )
     list_filter = (StateFilter, ConsumerFilter, "reason", EventTypeFilter, TenantFilter)
