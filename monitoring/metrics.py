@@ -17,6 +17,11 @@ logger = logging.getLogger(__name__)
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 LATENCY_BUCKETS_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+GRPC_BUCKETS_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
+DB_BUCKETS_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5)
+LLM_BUCKETS_SECONDS = (0.1, 0.5, 1, 2, 5, 10, 30)
+MILVUS_BUCKETS_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1)
+MILVUS_BUCKETS_RESULTS = (0, 1, 5, 10, 20, 50, 100)
 
 # --- HTTP (recorded by MonitoringMiddleware; names, labels and buckets are the specification's) ---
 HTTP_REQUESTS = Counter(
@@ -29,6 +34,91 @@ HTTP_REQUEST_SECONDS = Histogram(
     "HTTP request duration in seconds",
     ["service", "method", "path"],
     buckets=LATENCY_BUCKETS_SECONDS,
+)
+
+# --- gRPC (recorded by the interceptors of monitoring.grpc; the specification's) ---
+GRPC_REQUESTS = Counter(
+    "grpc_requests_total",
+    "Total number of gRPC requests",
+    ["service", "method", "status"],
+)
+GRPC_REQUEST_SECONDS = Histogram(
+    "grpc_request_duration_seconds",
+    "gRPC request duration in seconds",
+    ["service", "method"],
+    buckets=GRPC_BUCKETS_SECONDS,
+)
+
+# --- LLM (recorded by monitoring.llm; the specification's, and the errors) ---
+LLM_TOKENS = Counter(
+    "llm_tokens_used_total",
+    "Total number of LLM tokens used",
+    ["model", "provider", "token_type"],
+)
+LLM_COST_DOLLARS = Counter(
+    "llm_cost_dollars_total",
+    "Total LLM cost in dollars",
+    ["model", "provider", "tenant_id"],
+)
+LLM_REQUEST_SECONDS = Histogram(
+    "llm_request_duration_seconds",
+    "LLM request duration in seconds",
+    ["model", "provider"],
+    buckets=LLM_BUCKETS_SECONDS,
+)
+LLM_ERRORS = Counter(
+    "llm_request_errors_total",
+    "LLM requests that failed; they are in llm_request_duration_seconds too",
+    ["model", "provider"],
+)
+
+# --- Database (recorded by monitoring.database; the specification's, and the errors) ---
+DB_QUERY_SECONDS = Histogram(
+    "db_query_duration_seconds",
+    "Database query duration in seconds",
+    ["service", "operation", "table"],
+    buckets=DB_BUCKETS_SECONDS,
+)
+DB_QUERY_ERRORS = Counter(
+    "db_query_errors_total",
+    "Database queries that failed; they are in db_query_duration_seconds too",
+    ["service", "operation", "table"],
+)
+
+# --- Cache (recorded by the backends of monitoring.caches; the specification's, and the errors) ---
+CACHE_HITS = Counter(
+    "cache_hits_total",
+    "Total number of cache hits",
+    ["cache_name", "operation"],
+)
+CACHE_MISSES = Counter(
+    "cache_misses_total",
+    "Total number of cache misses",
+    ["cache_name", "operation"],
+)
+CACHE_ERRORS = Counter(
+    "cache_errors_total",
+    "Cache operations that failed: neither hits nor misses",
+    ["cache_name", "operation"],
+)
+
+# --- Vector search (recorded by monitoring.milvus; the specification's, and the errors) ---
+MILVUS_SEARCH_SECONDS = Histogram(
+    "milvus_search_duration_seconds",
+    "Milvus search duration in seconds",
+    ["collection"],
+    buckets=MILVUS_BUCKETS_SECONDS,
+)
+MILVUS_SEARCH_RESULTS = Histogram(
+    "milvus_search_results",
+    "Number of results returned by Milvus search",
+    ["collection"],
+    buckets=MILVUS_BUCKETS_RESULTS,
+)
+MILVUS_ERRORS = Counter(
+    "milvus_search_errors_total",
+    "Milvus searches that failed; they are in milvus_search_duration_seconds too",
+    ["collection"],
 )
 
 # --- Relay (recorded by relay_outbox) ---
@@ -132,7 +222,15 @@ CONSUMER_GROUP_LAG_FAILURES = Counter(
     ["consumer"],
 )
 
-# --- State of the database, read at scrape time: call one for a family to fill (yielded by StatusCollector) ---
+# --- State of the domain, read at scrape time: call it for a family to fill (the specification's) ---
+CONVERSATION_SUCCESS_RATE = partial(
+    GaugeMetricFamily,
+    "conversation_success_rate",
+    "Conversation success rate by mode (0.0-1.0)",
+    labels=["mode", "tenant_id"],
+)
+
+# --- State of the outbox, read at scrape time: call one for a family to fill (yielded by StatusCollector) ---
 OUTBOX_PENDING = partial(
     GaugeMetricFamily,
     "outbox_pending_events",
