@@ -11,6 +11,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
+from monitoring import exemplars
+
 DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _lock = threading.Lock()  # held while the files are read, or merged
 
@@ -27,6 +29,7 @@ def collect() -> Iterable[Metric]:
     for metric in metrics:
         if metric.type == "gauge":
             metric.samples = [sample for sample in metric.samples if not math.isnan(sample.value)]
+    exemplars.add_own(metrics)
     return metrics
 
 
