@@ -19,6 +19,8 @@ class MonitoringSettings:
     """`settings.MONITORING` with lower-case names; every key may be left out.
 
     `otlp_endpoint`: where spans go, `host:port` or URL; empty is the exporter's own default, localhost:4317.
+    `probe_prefix`: the middleware answers /health, /livez, /readyz and /metrics below it, as in "/internal"; None: it
+    does not, as for a project that includes `monitoring.urls` itself.
     `sampling_rate`: share of traces that are exported, 0.0 to 1.0.
     """
 
@@ -27,6 +29,7 @@ class MonitoringSettings:
     environment: str = "dev"
     log_format: str = "json"
     log_level: str = "INFO"
+    probe_prefix: str | None = ""
     tracing_enabled: bool = False
     otlp_endpoint: str = ""
     sampling_rate: float = 1.0
@@ -36,6 +39,8 @@ class MonitoringSettings:
             raise ImproperlyConfigured(f"LOG_FORMAT must be json or text, not {self.log_format!r}")
         if self.log_level not in logging.getLevelNamesMapping():
             raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
+        if self.probe_prefix and (self.probe_prefix[0] != "/" or self.probe_prefix[-1] == "/"):
+            raise ImproperlyConfigured(f"PROBE_PREFIX must begin with / and not end with it: {self.probe_prefix!r}")
         if not 0.0 <= self.sampling_rate <= 1.0:
             raise ImproperlyConfigured(f"SAMPLING_RATE must be from 0.0 to 1.0, not {self.sampling_rate!r}")
 
