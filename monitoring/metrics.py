@@ -72,6 +72,11 @@ LLM_ERRORS = Counter(
     "LLM requests that failed; they are in llm_request_duration_seconds too",
     ["model", "provider"],
 )
+LLM_UNPRICED = Counter(
+    "llm_requests_without_price_total",
+    "LLM requests missing in llm_cost_dollars_total, because LLM_PRICES has no price for their model",
+    ["model", "provider"],
+)
 
 # --- Database (recorded by monitoring.database; the specification's, and the errors) ---
 DB_QUERY_SECONDS = Histogram(
