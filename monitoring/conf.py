@@ -1,10 +1,10 @@
 """The MONITORING setting, parsed once and strictly, and the name this process goes by."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -13,31 +13,42 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.dispatch import receiver
 
+from monitoring import otel_environment
+
+SAMPLING_MODES = ("keep_failed", "ratio", "collector")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoringSettings:
     """`settings.MONITORING` with lower-case names; every key may be left out.
 
-    `otlp_endpoint`: where spans go, `host:port` or URL; empty is the exporter's own default, localhost:4317.
-    `sampling_rate`: share of traces that are exported, 0.0 to 1.0.
+    Where one is given it wins over the standard OTEL_* variable of the same meaning: see `monitoring.tracing`.
     """
 
-    service_name: str = "django"
-    service_version: str = ""
-    environment: str = "dev"
+    service_name: str = field(default_factory=otel_environment.service_name)
+    service_version: str = field(default_factory=otel_environment.service_version)
+    environment: str = field(default_factory=otel_environment.environment)
     log_format: str = "json"
     log_level: str = "INFO"
-    tracing_enabled: bool = False
+    tracing_enabled: bool | None = None
     otlp_endpoint: str = ""
-    sampling_rate: float = 1.0
+    otlp_certificate_file: str = ""
+    otlp_client_certificate_file: str = ""
+    otlp_client_key_file: str = ""
+    otlp_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sampling_rate: float | None = None
+    sampling_mode: str = "keep_failed"
+    trace_exception_messages: bool = False
 
     def __post_init__(self) -> None:
         if self.log_format not in ("json", "text"):
             raise ImproperlyConfigured(f"LOG_FORMAT must be json or text, not {self.log_format!r}")
         if self.log_level not in logging.getLevelNamesMapping():
             raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
-        if not 0.0 <= self.sampling_rate <= 1.0:
+        if self.sampling_rate is not None and not 0.0 <= self.sampling_rate <= 1.0:
             raise ImproperlyConfigured(f"SAMPLING_RATE must be from 0.0 to 1.0, not {self.sampling_rate!r}")
+        if self.sampling_mode not in SAMPLING_MODES:
+            raise ImproperlyConfigured(f"SAMPLING_MODE is {self.sampling_mode!r}: use {', '.join(SAMPLING_MODES)}")
 
 
 @cache
