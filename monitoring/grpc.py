@@ -31,9 +31,9 @@ from prometheus_client import Counter, Histogram
 
 from monitoring import context
 from monitoring.conf import service_name
+from monitoring.failures import error_type, mark_failed
 from monitoring.labels import bounded
 from monitoring.metrics import GRPC_REQUEST_SECONDS, GRPC_REQUESTS
-from monitoring.spans import error_type, mark_failed
 
 logger = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
