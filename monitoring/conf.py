@@ -1,10 +1,11 @@
 """The MONITORING setting, parsed once and strictly, and the name this process goes by."""
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -19,7 +20,11 @@ class MonitoringSettings:
     """`settings.MONITORING` with lower-case names; every key may be left out.
 
     `otlp_endpoint`: where spans go, `host:port` or URL; empty is the exporter's own default, localhost:4317.
+    `probe_prefix`: the middleware answers /health, /livez, /readyz and /metrics below it, as in "/internal"; None: it
+    does not, as for a project that includes `monitoring.urls` itself.
     `sampling_rate`: share of traces that are exported, 0.0 to 1.0.
+    `llm_prices`: model -> dollars per million tokens, `{"input": 2.5, "output": 10, "cached_input": 1.25}`; the last
+    may be left out. A model's price is also that of its dated versions: `gpt-4o` of `gpt-4o-2024-08-06`.
     """
 
     service_name: str = "django"
@@ -27,17 +32,35 @@ class MonitoringSettings:
     environment: str = "dev"
     log_format: str = "json"
     log_level: str = "INFO"
+    probe_prefix: str | None = ""
     tracing_enabled: bool = False
     otlp_endpoint: str = ""
     sampling_rate: float = 1.0
+    llm_prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.log_format not in ("json", "text"):
             raise ImproperlyConfigured(f"LOG_FORMAT must be json or text, not {self.log_format!r}")
         if self.log_level not in logging.getLevelNamesMapping():
             raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
+        if self.probe_prefix and (self.probe_prefix[0] != "/" or self.probe_prefix[-1] == "/"):
+            raise ImproperlyConfigured(f"PROBE_PREFIX must begin with / and not end with it: {self.probe_prefix!r}")
         if not 0.0 <= self.sampling_rate <= 1.0:
             raise ImproperlyConfigured(f"SAMPLING_RATE must be from 0.0 to 1.0, not {self.sampling_rate!r}")
+        _check_llm_prices(self.llm_prices)
+
+
+def _check_llm_prices(prices: object) -> None:
+    if not isinstance(prices, Mapping):
+        raise ImproperlyConfigured(f"LLM_PRICES must be a mapping of models, not {prices!r}")
+    for model, price in prices.items():
+        if (
+            not isinstance(price, Mapping)
+            or {*price, "cached_input"} != {"input", "output", "cached_input"}
+            or not all(isinstance(dollars, int | float) and 0 <= dollars < math.inf for dollars in price.values())
+        ):
+            shape = 'dollars as "input", "output" and perhaps "cached_input"'
+            raise ImproperlyConfigured(f"LLM_PRICES[{model!r}] must be {shape}, not {price!r}")
 
 
 @cache
