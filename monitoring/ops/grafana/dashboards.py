@@ -766,6 +766,12 @@ LLM = Dashboard(
                     [(rate("llm_request_errors_total", "provider, model", MODEL), "{{provider}} {{model}}")],
                 ),
                 Panel(
+                    "Requests without a price",
+                    "They are missing in the cost: LLM_PRICES does not have their model.",
+                    "reqps",
+                    [(rate("llm_requests_without_price_total", "provider, model", MODEL), "{{provider}} {{model}}")],
+                ),
+                Panel(
                     "P50, P95, P99",
                     "The buckets end at 30 s: what is slower shows as 30 s.",
                     "s",
