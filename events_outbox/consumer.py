@@ -19,6 +19,7 @@ from monitoring import metrics
 from . import dead_letters, letter_actions, pauses
 from .catalog import event_types
 from .conf import outbox_settings
+from .consumer_spans import trace_failure
 from .exceptions import PermanentEventError
 from .guard import Guard
 from .handlers import Consumer, Event, Handler, call_handler
@@ -269,11 +270,27 @@ class ConsumerProcess:
                     parked.add((delivery.record.topic, delivery.record.key))
             if len(deliveries) > 1 and self._guard.would_trip(_failures(dead)):
                 raise TooManyFailures
+            called[:] = [event for _, _, event in calls]
             for handler, events in _calls(calls):
-                call_handler(self.consumer.name, handler, events, between=self.group.check)
+                call_handler(
+                    self.consumer.name,
+                    handler,
+                    events,
+                    between=self.group.check,
+                    is_first_try_of_many=len(deliveries) > 1,
+                )
             return handled, dead
 
-        handled, dead = self._in_transaction(work)
+        called: list[Event] = []
+        started_ns = time.time_ns()
+        try:
+            handled, dead = self._in_transaction(work)
+        except (Stopping, ClientBroken):
+            raise
+        except Exception as error:
+            if called and len(deliveries) == 1:  # a constraint checked at the commit: its handler had returned
+                trace_failure(self.consumer.group_id, called, error, started_ns)
+            raise
         for event_type, count in handled.items():
             metrics.CONSUMER_HANDLED.labels(self.consumer.name, event_type).inc(count)
         self._guard.note_handled(handled.total())

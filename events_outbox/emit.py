@@ -19,10 +19,11 @@ from typing import Any
 from asgiref.sync import sync_to_async
 from django.db import connection
 from google.protobuf.message import Message
-from opentelemetry import propagate, trace
+from opentelemetry import trace
 from uuid_utils import uuid7
 
 from monitoring import context
+from monitoring.database import timed
 
 from .catalog import event_type_for
 from .conf import outbox_settings
@@ -30,6 +31,7 @@ from .exceptions import EventTooLarge, InvalidEventField, NotInTransaction, Payl
 from .handlers import current_event
 from .models import OutboxEvent
 from .proto.base_event_pb2 import BaseEvent
+from .trace_context import W3C
 
 TraceFields = tuple[str, str, str]
 """traceparent, tracestate, baggage."""
@@ -164,8 +166,9 @@ def _copy(rows: Sequence[Columns]) -> None:
     """Insert the rows by COPY: several times faster than INSERT, for the client and for the server."""
     with connection.cursor() as cursor:
         connection.validate_no_broken_transaction()
-        with connection.wrap_database_errors, cursor.copy(_COPY_SQL) as copy:
-            copy.write(_COPY_HEADER + b"".join([_copy_row(row) for row in rows]) + _COPY_TRAILER)
+        data = _COPY_HEADER + b"".join([_copy_row(row) for row in rows]) + _COPY_TRAILER
+        with timed(connection, _COPY_SQL), connection.wrap_database_errors, cursor.copy(_COPY_SQL) as copy:
+            copy.write(data)
 
 
 def _copy_row(columns: Columns) -> bytes:
@@ -183,9 +186,9 @@ def _trace_fields() -> TraceFields:
     carrier: dict[str, str] = {}
     cause = current_event.get()
     # A handler of which no span is made is part of the event's trace all the same.
-    parent = propagate.extract(cause.headers) if cause and trace.get_current_span() is trace.INVALID_SPAN else None
+    parent = W3C.extract(cause.headers) if cause and trace.get_current_span() is trace.INVALID_SPAN else None
     try:
-        propagate.inject(carrier, context=parent)
+        W3C.inject(carrier, context=parent)
     except UnicodeEncodeError:
         raise InvalidEventField("the trace's baggage contains an unpaired surrogate, which is no valid text") from None
     return carrier.get("traceparent", ""), carrier.get("tracestate", "")[:512], carrier.get("baggage", "")

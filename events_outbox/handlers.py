@@ -16,8 +16,8 @@ import inspect
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -25,15 +25,13 @@ from functools import lru_cache
 from typing import Any, Generic, Literal, Protocol
 
 from google.protobuf.message import Message
-from opentelemetry import trace
-from opentelemetry.propagate import extract
-from opentelemetry.trace import Link, SpanKind
 from typing_extensions import TypeVar
 
 from monitoring import context, metrics
 from monitoring.tracing import may_record
 
 from .catalog import check_version, topic_for, topics, versions_from
+from .consumer_spans import handler_span
 from .exceptions import DuplicateRegistration
 from .policies import FailureGuard, RetryPolicy
 
@@ -154,7 +152,6 @@ class Route:
     version: str
 
 
-_tracer = trace.get_tracer(__name__)
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,99}")
 _PATTERN = re.compile(r"\*|[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)*(\.\*)?")
 _TOPIC = re.compile(r"[a-zA-Z0-9._-]{1,249}")
@@ -377,63 +374,39 @@ def consumers() -> list[Consumer]:
 
 
 def call_handler(
-    consumer_name: str, handler: Handler, events: list[Event], between: Callable[[], None] = lambda: None
+    consumer_name: str,
+    handler: Handler,
+    events: list[Event],
+    between: Callable[[], None] = lambda: None,
+    *,
+    is_first_try_of_many: bool = False,
 ) -> None:
     """Run a handler on events that are its to handle, in order, with their context, spans and duration.
 
-    `between` is called before each call of the handler.
+    `between` is called before each call of the handler. `is_first_try_of_many`: events are handled alone, again, if
+    anything fails; so no span is made of those that are not sampled, unless they are what fails.
     """
     started = time.perf_counter()
     function = handler.function
-    # Where nobody records spans, none are made: they would cost more than all the rest. Trace ids still reach log
-    # lines and emitted events, from the event's headers.
-    if handler.is_batch:
-        between()
-        with _batch_span(events) if may_record() else nullcontext():
-            function(events)
-    else:
-        for event in events:
+    # Where nobody records spans, none are made: they would cost more than all the rest. Trace ids still reach log lines
+    # and emitted events, from the event's headers.
+    is_traced = may_record()
+    group_id = _consumers[consumer_name].group_id if consumer_name in _consumers else ""
+    records_unsampled = context.records_unsampled.set(not is_first_try_of_many)
+    try:
+        if handler.is_batch:
             between()
-            with handling(event):
-                if may_record() and may_record(event.headers.get("traceparent", "")):
-                    with _event_span(event):
-                        function(event)
-                else:
-                    function(event)
-    metrics.CONSUMER_HANDLER_SECONDS.labels(consumer_name, handler.name).observe(time.perf_counter() - started)
-
-
-@contextmanager
-def _event_span(event: Event) -> Iterator[None]:
-    """The span `process <topic>`: child of the span that emitted the event, and linked to it."""
-    parent = extract(event.headers)
-    creation = trace.get_current_span(parent).get_span_context()
-    with _tracer.start_as_current_span(
-        f"process {event.topic}",
-        context=parent,
-        kind=SpanKind.CONSUMER,
-        links=[Link(creation)] if creation.is_valid else [],
-        attributes={
-            "messaging.system": "kafka",
-            "messaging.operation.name": "process",
-            "messaging.operation.type": "process",
-            "messaging.destination.name": event.topic,
-            "messaging.destination.partition.id": str(event.partition),
-            "messaging.kafka.offset": event.offset,
-            "messaging.message.id": str(event.event_id),
-        },
-    ):
-        yield
-
-
-@contextmanager
-def _batch_span(events: Sequence[Event]) -> Iterator[None]:
-    """The span of a batch handler's call, linked to the spans that emitted its events."""
-    with _tracer.start_as_current_span("process batch", kind=SpanKind.CONSUMER) as span:
-        if span.is_recording():
-            span.set_attribute("messaging.system", "kafka")
-            span.set_attribute("messaging.operation.type", "process")
-            span.set_attribute("messaging.batch.message_count", len(events))
+            with handler_span(group_id, events, is_first_try_of_many) if is_traced else nullcontext():
+                function(events)
+        else:
             for event in events:
-                span.add_link(trace.get_current_span(extract(event.headers)).get_span_context())
-        yield
+                between()
+                with handling(event):
+                    if is_traced:
+                        with handler_span(group_id, [event], is_first_try_of_many):
+                            function(event)
+                    else:
+                        function(event)
+    finally:
+        context.records_unsampled.reset(records_unsampled)
+    metrics.CONSUMER_HANDLER_SECONDS.labels(consumer_name, handler.name).observe(time.perf_counter() - started)

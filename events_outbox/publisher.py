@@ -1,14 +1,14 @@
 """Publishing a batch: produce its events in order and wait for the broker's word on each."""
 
 import logging
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from opentelemetry import trace
-from opentelemetry.propagate import extract
-from opentelemetry.trace import Span, SpanKind
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from monitoring import metrics
 from monitoring.labels import bounded
@@ -25,7 +25,8 @@ from .kafka import (
     make_producer,
 )
 from .leader import Parked
-from .records import HEADER_FIELDS, headers_for, trace_carrier
+from .records import HEADER_FIELDS, headers_for
+from .trace_context import span_contexts
 from .window import Row
 
 logger = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ STUCK_SECONDS = 20.0
 BROKEN_SECONDS = 1.0
 """How long a broken producer may take for its last reports; some it never gives."""
 
+_TRACE_FIELDS = ("traceparent", "tracestate")
 Key = tuple[str, str]
 """Topic and aggregate id: within it order is kept."""
 
@@ -98,18 +100,20 @@ class Publisher:
         started = time.perf_counter()
         parking = _Parking(blocked)
         with tracer.start_as_current_span("send", kind=SpanKind.CLIENT) as span:
-            self._produce(rows, parking)
-            meanwhile()
-            if span.is_recording():
-                _describe(span, rows)
-            refused, left = self._settle(rows, parking)
-            while refused:
-                # The broker refuses a request as a whole: each record of it gets its turn alone.
-                for row in refused:
-                    self._publish_alone(row, parking)
-                    self._on_wait("publishing one by one after a refusal")  # takes a while: stay alive
-                self._produce(left, parking)
-                refused, left = self._settle(left, parking)
+            try:
+                self._produce(rows, parking)
+                meanwhile()
+                refused, left = self._settle(rows, parking)
+                while refused:
+                    # The broker refuses a request as a whole: each record of it gets its turn alone.
+                    for row in refused:
+                        self._publish_alone(row, parking)
+                        self._on_wait("publishing one by one after a refusal")  # takes a while: stay alive
+                    self._produce(left, parking)
+                    refused, left = self._settle(left, parking)
+            finally:
+                if span.is_recording():
+                    _describe(span, rows, parking.parked)
         _count_published(rows, parking.parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
         return [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
@@ -346,16 +350,28 @@ def _reason(error: BaseException) -> str:
     return error.args[0].str() if isinstance(error, KafkaException) else str(error)
 
 
-def _describe(span: Span, rows: Sequence[Row]) -> None:
+def _describe(span: Span, rows: Sequence[Row], parked: dict[int, Parked]) -> None:
     """Messaging attributes of the batch, and links to the requests that emitted its events."""
+    topics_of_batch = {row[1] for row in rows}
+    if len(topics_of_batch) == 1:
+        span.update_name(f"send {rows[0][1]}")
+        span.set_attribute("messaging.destination.name", rows[0][1])
     span.set_attribute("messaging.system", "kafka")
     span.set_attribute("messaging.operation.name", "send")
     span.set_attribute("messaging.operation.type", "send")
     span.set_attribute("messaging.batch.message_count", len(rows))
-    for row in rows:
-        fields = (value.decode() for value in row[4:])
-        carrier = trace_carrier(dict(zip(HEADER_FIELDS, fields, strict=True)))
-        span.add_link(trace.get_current_span(extract(carrier)).get_span_context())
+    refused = [one for one in parked.values() if one.reason != BEHIND]
+    if refused:
+        span.set_attribute("error.type", refused[0].reason)
+        span.set_status(Status(StatusCode.ERROR, f"{len(refused)} of {len(rows)} events undeliverable"))
+    # Links are dear: not for the many batches that nobody is going to see.
+    if span.get_span_context().trace_flags.sampled or refused or sys.exception():
+        for ids in span_contexts(_trace_carrier(row) for row in rows):
+            span.add_link(ids)
+
+
+def _trace_carrier(row: Row) -> dict[str, str]:
+    return {name: value.decode() for name, value in zip(HEADER_FIELDS, row[4:], strict=True) if name in _TRACE_FIELDS}
 
 
 def _count_published(rows: Sequence[Row], parked: dict[int, Parked]) -> None:

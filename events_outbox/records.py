@@ -246,8 +246,3 @@ class Delivery:
     @property
     def tenant_id(self) -> str:
         return self.base.tenant_id if self.base is not None else ""
-
-
-def trace_carrier(headers: Mapping[str, str]) -> dict[str, str]:
-    """The trace context among the headers."""
-    return {name: headers[name] for name in ("traceparent", "tracestate", "baggage") if name in headers}

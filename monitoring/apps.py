@@ -1,4 +1,4 @@
-"""Starts logging and request tracing with Django."""
+"""Starts logging, request tracing and the observation of queries with Django."""
 
 from django.apps import AppConfig
 
@@ -8,8 +8,10 @@ class MonitoringConfig(AppConfig):
 
     def ready(self) -> None:
         # Imported here: they read settings.
+        from monitoring import database
         from monitoring.logging import configure_logging
         from monitoring.tracing import instrument_requests
 
         configure_logging()
         instrument_requests()
+        database.install()

@@ -14,29 +14,38 @@ from django.core.exceptions import ImproperlyConfigured
 from django.core.signals import setting_changed
 from django.dispatch import receiver
 
+from monitoring import otel_environment
+
+SAMPLING_MODES = ("keep_failed", "ratio", "collector")
+
 
 @dataclass(frozen=True, kw_only=True)
 class MonitoringSettings:
     """`settings.MONITORING` with lower-case names; every key may be left out.
 
-    `otlp_endpoint`: where spans go, `host:port` or URL; empty is the exporter's own default, localhost:4317.
-    `probe_prefix`: the middleware answers /health, /livez, /readyz and /metrics below it, as in "/internal"; None: it
-    does not, as for a project that includes `monitoring.urls` itself.
-    `sampling_rate`: share of traces that are exported, 0.0 to 1.0.
     `llm_prices`: model -> dollars per million tokens, `{"input": 2.5, "output": 10, "cached_input": 1.25}`; the last
     may be left out. A model's price is also that of its dated versions: `gpt-4o` of `gpt-4o-2024-08-06`.
+    `probe_prefix`: the middleware answers /health, /livez, /readyz and /metrics below it, as in "/internal"; None: it
+    does not, as for a project that includes `monitoring.urls` itself.
+    The rest: see `monitoring.tracing`, also for the standard OTEL_* variables that are read where a key is not given.
     """
 
-    service_name: str = "django"
-    service_version: str = ""
-    environment: str = "dev"
+    service_name: str = field(default_factory=otel_environment.service_name)
+    service_version: str = field(default_factory=otel_environment.service_version)
+    environment: str = field(default_factory=otel_environment.environment)
     log_format: str = "json"
     log_level: str = "INFO"
     probe_prefix: str | None = ""
-    tracing_enabled: bool = False
-    otlp_endpoint: str = ""
-    sampling_rate: float = 1.0
     llm_prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    tracing_enabled: bool | None = None
+    otlp_endpoint: str = ""
+    otlp_certificate_file: str = ""
+    otlp_client_certificate_file: str = ""
+    otlp_client_key_file: str = ""
+    otlp_headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    sampling_rate: float | None = None
+    sampling_mode: str = "keep_failed"
+    trace_exception_messages: bool = False
 
     def __post_init__(self) -> None:
         if self.log_format not in ("json", "text"):
@@ -45,8 +54,10 @@ class MonitoringSettings:
             raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
         if self.probe_prefix and (self.probe_prefix[0] != "/" or self.probe_prefix[-1] == "/"):
             raise ImproperlyConfigured(f"PROBE_PREFIX must begin with / and not end with it: {self.probe_prefix!r}")
-        if not 0.0 <= self.sampling_rate <= 1.0:
+        if self.sampling_rate is not None and not 0.0 <= self.sampling_rate <= 1.0:
             raise ImproperlyConfigured(f"SAMPLING_RATE must be from 0.0 to 1.0, not {self.sampling_rate!r}")
+        if self.sampling_mode not in SAMPLING_MODES:
+            raise ImproperlyConfigured(f"SAMPLING_MODE is {self.sampling_mode!r}: use {', '.join(SAMPLING_MODES)}")
         _check_llm_prices(self.llm_prices)
 
 

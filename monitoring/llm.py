@@ -19,9 +19,9 @@ from opentelemetry.util.types import AttributeValue
 
 from monitoring import context
 from monitoring.conf import monitoring_settings
+from monitoring.failures import mark_failed
 from monitoring.labels import bounded
 from monitoring.metrics import LLM_COST_DOLLARS, LLM_ERRORS, LLM_REQUEST_SECONDS, LLM_TOKENS, LLM_UNPRICED
-from monitoring.spans import mark_failed
 
 logger = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)

@@ -127,6 +127,13 @@ MILVUS_ERRORS = Counter(
     ["collection"],
 )
 
+# --- Tracing (recorded by monitoring.span_queue) ---
+TRACING_SPANS_DROPPED = Counter(
+    "tracing_spans_dropped_total",
+    "Spans that were to be exported, or held in case their trace fails, and were given up, by reason",
+    ["reason"],
+)
+
 # --- Relay (recorded by relay_outbox) ---
 OUTBOX_PUBLISHED = Counter(
     "outbox_events_published_total",

@@ -127,16 +127,16 @@ EVENTS_OUTBOX: dict[str, Any] = {
     "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
 }
 
-OTLP_ENDPOINT = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", "")
 MONITORING: dict[str, Any] = {
     "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),
     "SERVICE_VERSION": os.environ.get("VOICEHELPER_VERSION", "0.1.0"),
     "ENVIRONMENT": ENVIRONMENT,
     "LOG_FORMAT": os.environ.get("LOG_FORMAT", "json"),  # json | text
     "LOG_LEVEL": os.environ.get("LOG_LEVEL", "INFO"),
-    "OTLP_ENDPOINT": OTLP_ENDPOINT,  # host:port or URL
-    "TRACING_ENABLED": os.environ.get("TRACING_ENABLED", str(bool(OTLP_ENDPOINT))).lower() == "true",
-    "SAMPLING_RATE": float(os.environ.get("OTEL_TRACES_SAMPLER_ARG", "1.0" if IS_DEV else "0.1")),  # share
+    # keep_failed | ratio | collector; where spans go and how many: the standard OTEL_* variables.
+    "SAMPLING_MODE": os.environ.get("SAMPLING_MODE", "keep_failed"),
 }
+if "TRACING_ENABLED" in os.environ:
+    MONITORING["TRACING_ENABLED"] = os.environ["TRACING_ENABLED"].lower() == "true"
 # monitoring configures logging itself (one line format for web, relay and consumers).
 LOGGING_CONFIG = None

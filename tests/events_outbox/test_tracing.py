@@ -32,8 +32,9 @@ def spans(monkeypatch):
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
     monkeypatch.setattr("events_outbox.publisher.tracer", tracer)
-    monkeypatch.setattr("events_outbox.handlers._tracer", tracer)
-    monkeypatch.setattr("events_outbox.handlers.may_record", lambda traceparent="": True)
+    monkeypatch.setattr("events_outbox.consumer_spans._tracer", tracer)
+    for module in ("handlers", "consumer_spans"):
+        monkeypatch.setattr(f"events_outbox.{module}.may_record", lambda *_, **__: True)
     exporter.tracer = tracer
     return exporter
 

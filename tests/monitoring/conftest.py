@@ -171,8 +171,10 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
 
     endpoint: str = ""
     spans: list[tuple[dict[str, str], Any]] = field(default_factory=list)
+    headers: dict[str, str | bytes] = field(default_factory=dict)
 
     def Export(self, request: Any, context: Any) -> Any:
+        self.headers = {header.key: header.value for header in context.invocation_metadata()}
         for resource_spans in request.resource_spans:
             resource = {a.key: a.value.string_value for a in resource_spans.resource.attributes}
             for scope_spans in resource_spans.scope_spans:
@@ -183,13 +185,22 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
         return {span.trace_id.hex() for _, span in self.spans}
 
 
-@pytest.fixture
-def receiver() -> Iterator[Receiver]:
+@contextmanager
+def running_receiver(credentials: grpc.ServerCredentials | None = None) -> Iterator[Receiver]:
     receiver = Receiver()
     server = grpc.server(ThreadPoolExecutor(2))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
     receiver.endpoint = f"127.0.0.1:{port}"
     server.start()
     yield receiver
     server.stop(None).wait(10)
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    with running_receiver() as receiver:
+        yield receiver

@@ -18,6 +18,4 @@ LOGGING_CONFIG = None
 MONITORING = {
     "SERVICE_NAME": "project",
     "LOG_FORMAT": os.environ.get("LOG_FORMAT", "json"),
-    "TRACING_ENABLED": "OTEL_EXPORTER_OTLP_ENDPOINT" in os.environ,
-    "OTLP_ENDPOINT": os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT", ""),
 }
