@@ -999,12 +999,17 @@ def as_json(dashboard: Dashboard) -> dict[str, Any]:
         "time": {"from": "now-1h", "to": "now"},
         "timezone": "browser",
         "links": [
-            {"type": "dashboards", "title": "VoiceHelper", "tags": ["voicehelper"], "keepTime": True},
-            {"type": "link", "title": "Runbook", "url": RUNBOOK, "icon": "doc", "targetBlank": True},
+            _link("VoiceHelper", type="dashboards", tags=["voicehelper"], keepTime=True),
+            _link("Runbook", url=RUNBOOK, icon="doc", targetBlank=True),
         ],
         "templating": {"list": [_variable(name, metric) for name, metric in dashboard.variables]},
         "panels": panels,
     }
+
+
+def _link(title: str, **options: Any) -> dict[str, Any]:
+    switches = dict.fromkeys(("asDropdown", "includeVars", "keepTime", "targetBlank"), False)
+    return {"type": "link", "title": title, "icon": "", "tags": [], "tooltip": "", **switches, **options}
 
 
 def _row(number: int, title: str, y: int) -> dict[str, Any]:
@@ -1031,7 +1036,7 @@ def _panel(number: int, panel: Panel, x: int, y: int) -> dict[str, Any]:
         "stat": {"reduceOptions": {"calcs": ["lastNotNull"]}, "colorMode": "value", "graphMode": "area"},
         "heatmap": {"calculate": False, "yAxis": {"unit": panel.unit}, "color": {"mode": "scheme", "scheme": "Blues"}},
     }[panel.kind]
-    alert_link = {"title": f"Runbook: {panel.alert}", "url": f"{RUNBOOK}#{panel.alert.lower()}", "targetBlank": True}
+    alert_link = _link(f"Runbook: {panel.alert}", url=f"{RUNBOOK}#{panel.alert.lower()}", targetBlank=True)
     return {
         "id": number,
         "type": panel.kind,
@@ -1073,7 +1078,6 @@ def _variable(name: str, metric: str) -> dict[str, Any]:
         "name": name,
         "label": name.replace("_name", "").capitalize(),
         "datasource": DATASOURCE,
-        "definition": query,
         "query": {"qryType": 1, "query": query, "refId": "variable"},
         "refresh": 2,
         "sort": 1,
