@@ -1,14 +1,16 @@
 """A process that records all that VoiceHelper itself does not do: `python -m tests.monitoring.record_everything PORT`.
 
-Twice a second it asks models and caches, calls gRPC methods, searches and queries, well and badly, until it is killed.
+Twice a second it asks models and caches, calls gRPC methods and searches, well and badly, until it is killed.
 """
 
 import contextlib
 import itertools
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import django
+import grpc
 from django.conf import settings
 from prometheus_client.registry import Collector
 
@@ -52,28 +54,36 @@ class ConversationCollector(Collector):
         yield rate
 
 
-# These write the series themselves, as their sources do.
-def serve_grpc(is_bad):
-    from monitoring import metrics
+class GrpcServer:
+    """A server with one method, and a client of it."""
 
-    metrics.GRPC_REQUESTS.labels("ai", "/ai.v1.AI/Generate", "ERROR" if is_bad else "OK").inc()
-    metrics.GRPC_REQUEST_SECONDS.labels("ai", "/ai.v1.AI/Generate").observe(2 if is_bad else 0.02)
+    def __init__(self):
+        from monitoring.grpc import MonitoringInterceptor
+
+        self.server = grpc.server(ThreadPoolExecutor(1), interceptors=[MonitoringInterceptor()])
+        handlers = {"Generate": grpc.unary_unary_rpc_method_handler(self.generate)}
+        self.server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("ai.V1", handlers)])
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        self.server.start()
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+
+    def generate(self, request, context):
+        if request == b"bad":
+            context.abort(grpc.StatusCode.INTERNAL, "it does not work")
+        return b"answer"
+
+    def call(self, is_bad):
+        with contextlib.suppress(grpc.RpcError):
+            self.channel.unary_unary("/ai.V1/Generate")(b"bad" if is_bad else b"good", timeout=10)
 
 
+# Writes the series itself: monitoring.milvus takes its place.
 def search(is_bad):
     from monitoring import metrics
 
     metrics.MILVUS_SEARCH_SECONDS.labels("documents").observe(0.2 if is_bad else 0.02)
     metrics.MILVUS_SEARCH_RESULTS.labels("documents").observe(0 if is_bad else 10)
     metrics.MILVUS_ERRORS.labels("documents").inc(int(is_bad))
-
-
-def query(is_bad):
-    from monitoring import metrics
-
-    labels = "ai", "SELECT", "documents"
-    metrics.DB_QUERY_SECONDS.labels(*labels).observe(1 if is_bad else 0.002)
-    metrics.DB_QUERY_ERRORS.labels(*labels).inc(int(is_bad))
 
 
 def main(port):
@@ -83,8 +93,9 @@ def main(port):
 
     register_collector(ConversationCollector())
     with Worker("ai", port) as worker:
+        grpc_server = GrpcServer()
         for number in itertools.count():
-            for record in (ask_a_model, look_into_the_cache, serve_grpc, search, query):
+            for record in (ask_a_model, look_into_the_cache, grpc_server.call, search):
                 record(number % 4 == 3)
             worker.tick()
             time.sleep(0.5)

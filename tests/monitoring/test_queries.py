@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -140,8 +140,9 @@ def all_variables():
 class System:
     """The product with its database and broker, one process more, and a Prometheus that scrapes them each second."""
 
-    def __init__(self, directory, url, stack, output):
-        self.directory, self.stack, self.output = directory, stack, output
+    def __init__(self, directory, url, output):
+        self.directory, self.output, self.children = directory, output, []
+        self.over, self.traffic = threading.Event(), threading.Thread(target=self._make_traffic, daemon=True)
         ports = free_ports(7)
         self.web, self.relay, self.consumer, self.workers, self.recorder, self.prometheus, broker_port = ports
         self.broker = EmbeddedBroker(broker_port, TOPICS, output=output)
@@ -151,6 +152,7 @@ class System:
             "VOICEHELPER_DATA_DIR": str(directory),
             "OTEL_SERVICE_NAME": "conversation-service",
             "WEB_PORT": str(self.web),
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1",  # spans get ids, and nobody takes them
             "GRAFANA_URL": "http://grafana",
             "DOCS_URL": "docs",
         }
@@ -172,10 +174,7 @@ class System:
         urls = [f"{port}/livez" for port in (self.web, self.relay, self.consumer, self.workers, self.recorder)]
         for url in (*urls, f"{self.prometheus}/-/ready"):
             wait_until(lambda url=url: answers(f"http://127.0.0.1:{url}"), seconds=START_SECONDS)
-        traffic = threading.Thread(target=self._traffic, daemon=True)
-        self.over = threading.Event()
-        self.stack.callback(lambda: (self.over.set(), traffic.join(30)))
-        traffic.start()
+        self.traffic.start()
         self.deadline = time.monotonic() + ANSWER_SECONDS
 
     def _child(self, name, *command):
@@ -184,8 +183,17 @@ class System:
         return child
 
     def _run(self, child):
-        self.stack.callback(child.stop)
+        self.children.append(child)
         child.start()
+
+    def stop(self):
+        self.over.set()
+        if self.traffic.ident:
+            self.traffic.join(30)
+        for child in self.children:
+            child.ask_to_stop()
+        for child in self.children:
+            child.stop()
 
     def _start_prometheus(self):
         config = yaml.safe_load((OPS / "prometheus.yml").read_text())
@@ -216,7 +224,7 @@ class System:
             "--enable-feature=exemplar-storage,expand-external-labels",
         )
 
-    def _traffic(self):
+    def _make_traffic(self):
         """Conversations, messages, odd paths, and notifications while their table is away: that is a 5xx each."""
         conversation = None
         while not self.over.wait(0.2):
@@ -271,21 +279,23 @@ def made_up_history(now):
 
 
 @pytest.fixture(scope="module")
-def system(request, tmp_path_factory):
+def system(tmp_path_factory):
     directory = tmp_path_factory.mktemp("every-query")
     url = os.environ["DATABASE_URL"]
-    with ExitStack() as stack:
-        output = stack.enter_context((directory / "output.log").open("wb"))
-        with psycopg.connect(url, autocommit=True) as session:
-            session.execute(f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)")
-            session.execute(f"CREATE DATABASE {DATABASE}")
-        system = System(directory, url, stack, output.fileno())
+    with psycopg.connect(url, autocommit=True) as session:
+        session.execute(f"DROP DATABASE IF EXISTS {DATABASE} WITH (FORCE)")
+        session.execute(f"CREATE DATABASE {DATABASE}")
+    with (directory / "output.log").open("wb") as output:
+        system = System(directory, url, output.fileno())
         try:
-            system.start()
-        except AssertionError:
-            print((directory / "output.log").read_text()[-5000:])
-            raise
-        yield system
+            try:
+                system.start()
+            except AssertionError:
+                print((directory / "output.log").read_text()[-5000:])
+                raise
+            yield system
+        finally:
+            system.stop()
 
 
 @pytest.mark.parametrize("query", list(all_queries()))
@@ -321,6 +331,18 @@ def test_alerts_carry_their_links(system):
     )
     assert alert["annotations"]["runbook_url"] == "docs/runbook.md#httperrors"
     assert alert["annotations"]["dashboard_url"] == "http://grafana/d/voicehelper-http"
+
+
+def test_requests_lead_to_their_traces(system):
+    """The web server's histogram has exemplars, which Prometheus keeps; Grafana takes `trace_id` to Jaeger."""
+    metric = "http_request_duration_seconds_bucket"
+
+    def exemplars():
+        now = time.time()
+        found = system.api("query_exemplars", query=metric, start=now - 300, end=now)
+        return [exemplar["labels"]["trace_id"] for series in found for exemplar in series["exemplars"]]
+
+    assert all(re.fullmatch("[0-9a-f]{32}", trace_id) for trace_id in system.wait_for(exemplars))
 
 
 def test_targets_are_all_up(system):

@@ -189,6 +189,12 @@ OVERVIEW = Dashboard(
                     "s",
                     [("max by (job) (scrape_duration_seconds)", "{{job}}")],
                 ),
+                Panel(
+                    "Spans dropped",
+                    "Spans that were to be exported and were given up, by reason: the collector is away or slow.",
+                    "ops",
+                    [(rate("tracing_spans_dropped_total", "reason"), "{{reason}}")],
+                ),
             ],
         ),
     ],
