@@ -1,7 +1,7 @@
 """The MONITORING setting, parsed once and strictly, and the name this process goes by."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -20,20 +20,28 @@ class MonitoringSettings:
 
     `otlp_endpoint`: where spans go, `host:port` or URL; empty is the exporter's own default, localhost:4317.
     `sampling_rate`: share of traces that are exported, 0.0 to 1.0.
+    `log_format`: `"json"`, `"text"`, or `"auto"`: text in a terminal, else JSON.
+    `log_redact`: names of fields that are hidden in log lines, besides `monitoring.redaction.SECRET_NAMES`.
+    `ready_databases`: aliases that /readyz asks; empty: all.
     """
 
     service_name: str = "django"
     service_version: str = ""
     environment: str = "dev"
-    log_format: str = "json"
+    log_format: str = "auto"
     log_level: str = "INFO"
+    log_redact: Sequence[str] = ()
+    ready_databases: Sequence[str] = ()
     tracing_enabled: bool = False
     otlp_endpoint: str = ""
     sampling_rate: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.log_format not in ("json", "text"):
-            raise ImproperlyConfigured(f"LOG_FORMAT must be json or text, not {self.log_format!r}")
+        if self.log_format not in ("auto", "json", "text"):
+            raise ImproperlyConfigured(f"LOG_FORMAT must be auto, json or text, not {self.log_format!r}")
+        for name, value in (("LOG_REDACT", self.log_redact), ("READY_DATABASES", self.ready_databases)):
+            if isinstance(value, str) or not all(isinstance(each, str) and each for each in value):
+                raise ImproperlyConfigured(f"{name} must be a list of names, not {value!r}")
         if self.log_level not in logging.getLevelNamesMapping():
             raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
         if not 0.0 <= self.sampling_rate <= 1.0:

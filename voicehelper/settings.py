@@ -134,7 +134,7 @@ MONITORING: dict[str, Any] = {
     "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),
     "SERVICE_VERSION": os.environ.get("VOICEHELPER_VERSION", "0.1.0"),
     "ENVIRONMENT": ENVIRONMENT,
-    "LOG_FORMAT": os.environ.get("LOG_FORMAT", "json"),  # json | text
+    "LOG_FORMAT": os.environ.get("LOG_FORMAT", "auto"),  # auto: text in a terminal, else json
     "LOG_LEVEL": os.environ.get("LOG_LEVEL", "INFO"),
     "OTLP_ENDPOINT": OTLP_ENDPOINT,  # host:port or URL
     "TRACING_ENABLED": os.environ.get("TRACING_ENABLED", str(bool(OTLP_ENDPOINT))).lower() == "true",
