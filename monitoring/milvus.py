@@ -15,9 +15,9 @@ from opentelemetry import trace
 from opentelemetry.trace import SpanKind
 from prometheus_client import Counter, Histogram
 
+from monitoring.failures import mark_failed
 from monitoring.labels import bounded
 from monitoring.metrics import MILVUS_ERRORS, MILVUS_SEARCH_RESULTS, MILVUS_SEARCH_SECONDS
-from monitoring.spans import mark_failed
 
 logger = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)

@@ -18,7 +18,7 @@ from django.core.management.base import CommandError
 from django.db import connections
 
 from monitoring.conf import process_role
-from monitoring.logging import log_to
+from monitoring.logging import log_end, log_to
 from monitoring.metrics import exposition
 from monitoring.tracing import init_tracing, tracing_config
 
@@ -60,6 +60,9 @@ class Worker:
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Said here, in the worker's log and under its name: further up it is a command's traceback.
+        if isinstance(value, Exception) and not isinstance(value, CommandError):
+            log_end(value)
         self._stack.close()
 
     def tick(self, loop: str = "") -> None:

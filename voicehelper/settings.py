@@ -145,7 +145,7 @@ MONITORING: dict[str, Any] = {
     "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),
     "SERVICE_VERSION": os.environ.get("VOICEHELPER_VERSION", "0.1.0"),
     "ENVIRONMENT": ENVIRONMENT,
-    "LOG_FORMAT": os.environ.get("LOG_FORMAT", "json"),  # json | text
+    "LOG_FORMAT": os.environ.get("LOG_FORMAT", "auto"),  # auto: text in a terminal, else json
     "LOG_LEVEL": os.environ.get("LOG_LEVEL", "INFO"),
     # keep_failed | ratio | collector; where spans go and how many: the standard OTEL_* variables.
     "SAMPLING_MODE": os.environ.get("SAMPLING_MODE", "keep_failed"),
