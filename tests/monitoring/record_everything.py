@@ -6,13 +6,15 @@ Twice a second it asks models and caches, calls gRPC methods and searches, well 
 import contextlib
 import itertools
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import django
 import grpc
 from django.conf import settings
-from prometheus_client.registry import Collector
+from pymilvus import MilvusClient
+from pymilvus.exceptions import MilvusException
 
 from monitoring.worker import Worker
 
@@ -45,15 +47,6 @@ def look_into_the_cache(is_bad):
             cache.incr("there", "one")
 
 
-class ConversationCollector(Collector):
-    def collect(self):
-        from monitoring import metrics
-
-        rate = metrics.CONVERSATION_SUCCESS_RATE()
-        rate.add_metric(["chat", "acme"], 0.95)
-        yield rate
-
-
 class GrpcServer:
     """A server with one method, and a client of it."""
 
@@ -77,25 +70,28 @@ class GrpcServer:
             self.channel.unary_unary("/ai.V1/Generate")(b"bad" if is_bad else b"good", timeout=10)
 
 
-# Writes the series itself: monitoring.milvus takes its place.
-def search(is_bad):
-    from monitoring import metrics
+class Vectors:
+    """A Milvus with one collection."""
 
-    metrics.MILVUS_SEARCH_SECONDS.labels("documents").observe(0.2 if is_bad else 0.02)
-    metrics.MILVUS_SEARCH_RESULTS.labels("documents").observe(0 if is_bad else 10)
-    metrics.MILVUS_ERRORS.labels("documents").inc(int(is_bad))
+    def __init__(self, directory):
+        from monitoring.milvus import observe_milvus
+
+        self.client = observe_milvus(MilvusClient(f"{directory}/milvus.db"))
+        self.client.create_collection("documents", dimension=4)
+        self.client.insert("documents", [{"id": number, "vector": [number, 1, 2, 3]} for number in range(20)])
+
+    def search(self, is_bad):
+        with contextlib.suppress(MilvusException):
+            self.client.search("documents", data=[[1, 1, 2, 3]], limit=-1 if is_bad else 10)
 
 
 def main(port):
     settings.configure(**SETTINGS)
     django.setup()
-    from monitoring.metrics import register_collector
-
-    register_collector(ConversationCollector())
-    with Worker("ai", port) as worker:
-        grpc_server = GrpcServer()
+    with tempfile.TemporaryDirectory() as directory, Worker("ai", port) as worker:
+        grpc_server, vectors = GrpcServer(), Vectors(directory)
         for number in itertools.count():
-            for record in (ask_a_model, look_into_the_cache, grpc_server.call, search):
+            for record in (ask_a_model, look_into_the_cache, grpc_server.call, vectors.search):
                 record(number % 4 == 3)
             worker.tick()
             time.sleep(0.5)

@@ -233,6 +233,7 @@ class System:
                 conversation = created.get("id", conversation)
                 self.request("POST", "/api/v1/messages", {"conversation_id": conversation, "content": "Hello"})
                 self.request("GET", "/api/v1/conversations")
+                self.request("POST", f"/api/v1/conversations/{conversation}/complete")
                 self.request("GET", "/no/such/page")
                 with psycopg.connect(self.environment["DATABASE_URL"], autocommit=True) as session:
                     session.execute("ALTER TABLE notifications_notification RENAME TO gone")
