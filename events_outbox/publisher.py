@@ -11,6 +11,7 @@ from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from monitoring import metrics
+from monitoring.labels import bounded
 
 from .catalog import topics
 from .kafka import (
@@ -333,7 +334,7 @@ class _Parking:
             # All its events of this batch: permission given in the midst of it must not let a later one through.
             self._refused_topics[row[1]] = error
         self.parked[row[0]] = Parked(row[0], *_key(row), error.name(), error.str())
-        metrics.OUTBOX_PUBLISH_FAILURES.labels(row[1], error.name()).inc()
+        metrics.OUTBOX_PUBLISH_FAILURES.labels(bounded("topic", row[1]), error.name()).inc()
         logger.error(
             "event undeliverable, parked",
             extra={"outbox_id": row[0], "topic": row[1], "reason": error.name(), "error": error.str()},
@@ -382,4 +383,4 @@ def _count_published(rows: Sequence[Row], parked: dict[int, Parked]) -> None:
         if row[0] not in parked:
             by_topic[row[1]] = by_topic.get(row[1], 0) + 1
     for topic, count in by_topic.items():
-        metrics.OUTBOX_PUBLISHED.labels(topic).inc(count)
+        metrics.OUTBOX_PUBLISHED.labels(bounded("topic", topic)).inc(count)

@@ -1,6 +1,7 @@
 """The MONITORING setting, parsed once and strictly, and the name this process goes by."""
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,7 +23,11 @@ SAMPLING_MODES = ("keep_failed", "ratio", "collector")
 class MonitoringSettings:
     """`settings.MONITORING` with lower-case names; every key may be left out.
 
-    Where one is given it wins over the standard OTEL_* variable of the same meaning: see `monitoring.tracing`.
+    `llm_prices`: model -> dollars per million tokens, `{"input": 2.5, "output": 10, "cached_input": 1.25}`; the last
+    may be left out. A model's price is also that of its dated versions: `gpt-4o` of `gpt-4o-2024-08-06`.
+    `probe_prefix`: the middleware answers /health, /livez, /readyz and /metrics below it, as in "/internal"; None: it
+    does not, as for a project that includes `monitoring.urls` itself.
+    The rest: see `monitoring.tracing`, also for the standard OTEL_* variables that are read where a key is not given.
     """
 
     service_name: str = field(default_factory=otel_environment.service_name)
@@ -30,6 +35,8 @@ class MonitoringSettings:
     environment: str = field(default_factory=otel_environment.environment)
     log_format: str = "json"
     log_level: str = "INFO"
+    probe_prefix: str | None = ""
+    llm_prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tracing_enabled: bool | None = None
     otlp_endpoint: str = ""
     otlp_certificate_file: str = ""
@@ -45,10 +52,26 @@ class MonitoringSettings:
             raise ImproperlyConfigured(f"LOG_FORMAT must be json or text, not {self.log_format!r}")
         if self.log_level not in logging.getLevelNamesMapping():
             raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
+        if self.probe_prefix and (self.probe_prefix[0] != "/" or self.probe_prefix[-1] == "/"):
+            raise ImproperlyConfigured(f"PROBE_PREFIX must begin with / and not end with it: {self.probe_prefix!r}")
         if self.sampling_rate is not None and not 0.0 <= self.sampling_rate <= 1.0:
             raise ImproperlyConfigured(f"SAMPLING_RATE must be from 0.0 to 1.0, not {self.sampling_rate!r}")
         if self.sampling_mode not in SAMPLING_MODES:
             raise ImproperlyConfigured(f"SAMPLING_MODE is {self.sampling_mode!r}: use {', '.join(SAMPLING_MODES)}")
+        _check_llm_prices(self.llm_prices)
+
+
+def _check_llm_prices(prices: object) -> None:
+    if not isinstance(prices, Mapping):
+        raise ImproperlyConfigured(f"LLM_PRICES must be a mapping of models, not {prices!r}")
+    for model, price in prices.items():
+        if (
+            not isinstance(price, Mapping)
+            or {*price, "cached_input"} != {"input", "output", "cached_input"}
+            or not all(isinstance(dollars, int | float) and 0 <= dollars < math.inf for dollars in price.values())
+        ):
+            shape = 'dollars as "input", "output" and perhaps "cached_input"'
+            raise ImproperlyConfigured(f"LLM_PRICES[{model!r}] must be {shape}, not {price!r}")
 
 
 @cache

@@ -13,8 +13,14 @@ def bounded(label: str, value: object, *, limit: int = 500) -> str:
     series of some kilobytes in the process and in Prometheus, for good. Text is cut at 100 characters.
     """
     text = str(value)[:100] or OTHER
-    seen = _seen.setdefault(label, set())
+    seen = _seen.get(label)
+    if seen is None:
+        seen = _seen.setdefault(label, set())
     if text not in seen:
+        # What JSON may carry and UTF-8 cannot, unpaired surrogates, would fail each scrape.
+        text = text.encode(errors="replace").decode()
+        if text in seen:
+            return text
         if len(seen) >= limit:
             return OTHER
         seen.add(text)  # two threads at once can overshoot by one: a bound, not a quota

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 from functools import partial
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
-from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from monitoring import shared_files
+from monitoring.readers import Reader, read_all
+from monitoring.text_format import encode
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,11 @@ LLM_REQUEST_SECONDS = Histogram(
 LLM_ERRORS = Counter(
     "llm_request_errors_total",
     "LLM requests that failed; they are in llm_request_duration_seconds too",
+    ["model", "provider"],
+)
+LLM_UNPRICED = Counter(
+    "llm_requests_without_price_total",
+    "LLM requests missing in llm_cost_dollars_total, because LLM_PRICES has no price for their model",
     ["model", "provider"],
 )
 
@@ -282,17 +288,21 @@ PROCESSED_EVENTS_BYTES = partial(
 )
 
 # --- State read at scrape time, by collectors that other packages register ---
-_collectors: list[Collector] = []
+_readers: dict[Collector, Reader] = {}
 
 
 def register_collector(collector: Collector) -> None:
     """Expose what `collector.collect()` yields on every /metrics of this process; registering twice is once.
 
-    It is called in the thread of the scrape and may read the database. If it raises, the scrape goes on
-    without it and `monitoring_collector_up{collector}` is 0.
+    It is called in a thread of its own for each scrape and may read the database. If it raises or takes longer than
+    `monitoring.readers.READ_SECONDS`, the scrape goes on without it and `monitoring_collector_up{collector}` is 0.
     """
-    if collector not in _collectors:
-        _collectors.append(collector)
+    _readers.setdefault(collector, Reader(collector))
+
+
+def unregister_collector(collector: Collector) -> None:
+    """Expose it no longer."""
+    _readers.pop(collector, None)
 
 
 class _Everything(Collector):
@@ -302,27 +312,24 @@ class _Everything(Collector):
         # One process answers for all from shared files: one of the web workers, the parent of the consumer's.
         yield from shared_files.collect() if shared_files.are_used() else REGISTRY.collect()
         yield from _SUPERVISION.collect()
-        if not _collectors:
+        if not _readers:
             return
         up = GaugeMetricFamily(
             "monitoring_collector_up",
             "0 when the state that this collector reads could not be read for this scrape",
             labels=["collector"],
         )
-        for collector in _collectors:
-            name = type(collector).__name__
-            try:
-                metrics = list(collector.collect())
-            except Exception:
-                logger.warning("metrics collector %s failed", name, exc_info=True)
-                up.add_metric([name], 0)
+        for reader, read in read_all(list(_readers.values())).items():
+            name = type(reader.collector).__name__
+            error = read.exception() if read.done() else TimeoutError("it takes too long")
+            up.add_metric([name], error is None)
+            if error is None:
+                yield from read.result()
             else:
-                up.add_metric([name], 1)
-                yield from metrics
+                logger.warning("metrics collector %s failed", name, exc_info=error)
         yield up
 
 
 def exposition(accept: str = "") -> tuple[bytes, str]:
     """Return all metrics and their content type: OpenMetrics if `accept` says so, else Prometheus text."""
-    encode, content_type = choose_encoder(accept)
-    return encode(_Everything()), content_type
+    return encode(_Everything(), accept)

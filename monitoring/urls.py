@@ -1,4 +1,4 @@
-"""Include at the root: the paths are where probes and scrapers look."""
+"""For a project that wants these behind its other middleware: include them, and set PROBE_PREFIX to None."""
 
 from django.urls import path
 

@@ -44,6 +44,8 @@ logger_class = JsonLogger
 
 def on_starting(server: Any) -> None:
     """Start counting at zero: the files of an earlier run belong to processes that are gone."""
+    if server.master_pid:  # takes over from a running one (SIGUSR2), whose workers still count
+        return
     _metrics_dir.mkdir(parents=True, exist_ok=True)
     for file in _metrics_dir.glob("*.db"):
         file.unlink()
@@ -62,6 +64,7 @@ def worker_exit(server: Any, worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    from prometheus_client import multiprocess
+    """Keep what a worker has counted that is gone, also one that was killed."""
+    from monitoring import shared_files
 
-    multiprocess.mark_process_dead(worker.pid)  # type: ignore[no-untyped-call]
+    shared_files.bury(worker.pid)

@@ -1,4 +1,4 @@
-"""Every URL: the admin, the API and what monitoring serves."""
+"""Every URL: the admin and the API. What monitoring serves, its middleware answers."""
 
 from django.contrib import admin
 from django.urls import include, path
@@ -9,7 +9,6 @@ urlpatterns = [
     path("api/v1/", include("voicehelper.conversations.urls")),
     path("api/v1/", include("voicehelper.notifications.urls")),
     path("api/v1/", include("voicehelper.analytics.urls")),
-    path("", include("monitoring.urls")),
 ]
 
 handler400 = "voicehelper.problems.bad_request"

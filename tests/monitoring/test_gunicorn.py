@@ -1,8 +1,12 @@
 """The web server as it is run, with two workers: a scrape gets the sum over both, the log is JSON lines."""
 
+import http.client
 import os
 import signal
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,76 @@ def test_scrape_sums_over_workers_also_dead_ones(server):
     assert sample(text, "http_request_duration_seconds_count", path="/") == 200
     assert text.count("\nproject_items 7.0\n") == 1  # a registered collector, not once a worker
     assert text.count("\noutbox_relay_leader ") == 1
+
+
+def test_workers_that_die_leave_their_counts_and_no_files(server):
+    files = server.data / "metrics" / server.url.rpartition(":")[2]
+    for number in range(1, 4):
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(get, [server.url] * 20))
+        for pid in server.pids():
+            os.kill(pid, signal.SIGKILL)
+            wait_until(lambda pid=pid: not list(files.glob(f"*_{pid}.db")))
+        wait_until(lambda: len(living(server)) == 2)
+        assert requests_to(server) == 20 * number
+    kinds = [file.name for file in files.glob("counter_*.db")]
+    assert len(kinds) == 3  # two living, and all dead in one
+    text = get(f"{server.url}/metrics").text
+    assert {process(one) for one in text.splitlines() if "{pid=" in one} == server.pids()
+
+
+def living(server):
+    """Workers that answer, when none of them is dying just now."""
+    with suppress(OSError, http.client.HTTPException):
+        return server.pids()
+    return set()
+
+
+def process(line):
+    return int(line.partition('{pid="')[2].partition('"')[0])
+
+
+def test_what_the_workers_take_of_the_machine(server):
+    text = get(f"{server.url}/metrics").text
+    for pid in server.pids():
+        assert sample(text, "process_resident_memory_bytes", pid=str(pid)) > 10e6
+        assert sample(text, "process_open_fds", pid=str(pid)) > 3
+        assert abs(sample(text, "process_start_time_seconds", pid=str(pid)) - time.time()) < 120
+        assert f'process_cpu_seconds_total{{pid="{pid}"}}' in text
+    assert text.count("\npython_info{") == 1
+
+
+def test_workers_that_are_replaced_keep_counting(server):
+    old = server.pids()
+    get(server.url)
+    server.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(now := living(server)) == 2 and not now & old)
+    get(server.url)
+    wait_until(lambda: requests_to(server) == 2)
+
+
+def test_scrapes_and_deaths_at_the_same_time(server):
+    """No scrape fails or counts twice while the files of the dead are put together."""
+    for _ in range(20):
+        get(server.url)
+    done = threading.Event()
+
+    def kill():
+        for _ in range(4):
+            for pid in living(server):
+                os.kill(pid, signal.SIGKILL)
+            wait_until(lambda: len(living(server)) == 2)
+        done.set()
+
+    seen = set()
+    with ThreadPoolExecutor(1) as pool:
+        killing = pool.submit(kill)
+        while not done.is_set() and not killing.done():
+            with suppress(OSError, http.client.HTTPException):  # asked of one that was killed
+                answer = get(f"{server.url}/metrics")
+                seen.add((answer.status, sample(answer.text, "http_requests_total", path="/", status="200")))
+        killing.result()
+    assert seen == {(200, 20.0)}
 
 
 def test_log_is_json_lines_with_trace_ids(server):

@@ -1,16 +1,28 @@
 """Names, types, labels and buckets; and what a scrape gets."""
 
+import math
 import re
+import socket
+import threading
+from contextlib import closing
 
 import pytest
 from django.test import Client
-from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    InfoMetricFamily,
+    SummaryMetricFamily,
+    UnknownMetricFamily,
+)
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.registry import Collector
 
-from monitoring import metrics, shared_files
+from monitoring import metrics, readers, shared_files, text_format
 
-from .conftest import run_python, sample
+from .conftest import run_python, sample, wait_until
 
 HANDLER = "consumer_handler_duration_seconds"
 PARTITION = ("consumer", "topic", "partition")
@@ -86,8 +98,7 @@ def registered():
 
     yield register
     for collector in added:
-        if collector in metrics._collectors:
-            metrics._collectors.remove(collector)
+        metrics.unregister_collector(collector)
 
 
 def test_registered_collector_is_exposed_once(registered):
@@ -108,6 +119,126 @@ def test_broken_collector_spoils_nothing_but_itself(registered):
     assert sample(text, "test_pending_events") == 41
     assert "test_half_read" not in text
     assert "http_requests_total" in text
+
+
+class Hanging(Collector):
+    def __init__(self):
+        self.reads = 0
+        self.goes_on = threading.Event()
+
+    def collect(self):
+        self.reads += 1
+        self.goes_on.wait(20)
+        yield GaugeMetricFamily("test_late", "Late", 1)
+
+
+def test_collector_that_hangs_costs_a_bounded_time_and_one_thread(registered, monkeypatch):
+    monkeypatch.setattr(readers, "READ_SECONDS", 0.05)
+    hanging = Hanging()
+    registered(hanging)
+    registered(Pending())
+    for _ in range(3):
+        text = metrics.exposition()[0].decode()
+        assert 'monitoring_collector_up{collector="Hanging"} 0.0' in text
+        assert "test_late" not in text
+        assert sample(text, "test_pending_events") == 41
+    assert hanging.reads == 1
+    hanging.goes_on.set()
+    wait_until(lambda: sample(metrics.exposition()[0].decode(), "test_late") == 1)
+    text = metrics.exposition()[0].decode()
+    assert sample(text, "monitoring_collector_up", collector="Hanging") == 1
+    assert hanging.reads > 1  # read anew for each scrape, again
+
+
+SCRAPE = """
+import django, threading, time
+django.setup()
+from django.db import connection
+from django.test import Client
+from prometheus_client.metrics_core import GaugeMetricFamily
+from monitoring import metrics, readers
+readers.READ_SECONDS = 0.5
+class State:
+    def collect(self):
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        yield GaugeMetricFamily("test_state", "State", 1)
+metrics.register_collector(State())
+started = time.monotonic()
+for _ in range(3):
+    text = Client().get("/metrics").content.decode()
+is_down = 'monitoring_collector_up{collector="State"} 0.0' in text
+print(time.monotonic() - started < 4, threading.active_count(), is_down)
+"""
+
+
+def test_database_that_hangs_does_not_hang_the_scrape():
+    with closing(socket.create_server(("127.0.0.1", 0))) as silent:
+        url = f"postgresql://someone@127.0.0.1:{silent.getsockname()[1]}/none"
+        done = run_python(SCRAPE, PROJECT_DATABASE_URL=url)
+    assert done.stdout == "True 2 True\n", done.stderr
+
+
+class Odd(Collector):
+    """What prometheus_client's own metrics do not show, but collectors may."""
+
+    def collect(self):
+        yield GaugeMetricFamily("test_quotes", 'Back\\slash, "quotes",\nlines', labels=["a", "b"])
+        gauge = GaugeMetricFamily("test_gauges", "Values", labels=["a"])
+        for number, value in enumerate([0, -1, True, 1e6, 123456789.5, 1e21, 0.1, math.inf, -math.inf, math.nan]):
+            gauge.add_metric([f'{number}\\"\n'], value)
+        gauge.add_metric(["timestamp"], 1, timestamp=1_790_000_000.5)
+        yield gauge
+        counter = CounterMetricFamily("test_born", "Born", labels=["a"])
+        counter.add_metric(["a"], 1, created=1_790_000_000.5)
+        yield counter
+        yield InfoMetricFamily("test_build", "Build", {"version": "1"})
+        yield SummaryMetricFamily("test_summary", "Summary", count_value=1, sum_value=2)
+        yield GaugeMetricFamily("test.dotted", "A name in UTF-8", 1)
+        yield UnknownMetricFamily("test_unknown", "Unknown", 1)
+        yield GaugeMetricFamily("test_unit_seconds", "With its unit", 1, unit="seconds")
+
+
+@pytest.mark.parametrize(
+    "accept",
+    [
+        "",
+        "text/plain;version=1.0.0;escaping=allow-utf-8",
+        "application/openmetrics-text;version=1.0.0",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8",
+        "application/openmetrics-text;version=1.0.0;escaping=dots",
+        "application/openmetrics-text;version=1.0.0;escaping=values",
+    ],
+)
+def test_text_is_what_prometheus_client_would_write(accept):
+    registry = CollectorRegistry()
+    registry.register(Odd())
+    counted = Counter("test_counted_total", "Counted", ["a", "b"], registry=registry)
+    counted.labels("x", "y").inc(3)
+    seconds = Histogram("test_seconds", "Seconds", ["b", "z"], registry=registry)
+    for value in (0.003, 0.5, 2_000_000):
+        seconds.labels("x", "y").observe(value, {"trace_id": "abc"})
+    library, content_type = choose_encoder(accept)
+    assert text_format.encode(registry, accept) == (library(registry), content_type)
+
+
+def test_what_cannot_be_written_is_left_out(caplog):
+    class Bad(Collector):
+        def collect(self):
+            yield GaugeMetricFamily("test_surrogate", "No text", labels=["a"])
+            family = GaugeMetricFamily("test_surrogate", "No text", labels=["a"])
+            family.add_metric(["\udc80"], 1)
+            yield family
+            family = GaugeMetricFamily("test_no_number", "No number", labels=["a"])
+            family.add_metric(["x"], "many")
+            yield family
+            yield GaugeMetricFamily("test_good", "Good", 1)
+
+    text = text_format.encode(Bad(), "")[0].decode()
+    assert 'test_surrogate{a="?"} 1.0' in text
+    assert "test_no_number" not in text
+    assert "test_good 1.0" in text
+    assert "metric test_no_number cannot be written" in caplog.messages
 
 
 def test_openmetrics_is_served_to_who_asks_for_it():

@@ -1,22 +1,67 @@
 """MonitoringMiddleware through real requests: metrics, correlation id, access log, under WSGI and ASGI."""
 
 import asyncio
+import gc
 import logging
+from pathlib import Path
 from uuid import UUID, uuid4
+from wsgiref.util import FileWrapper
 
 import pytest
+from django.conf.urls.i18n import i18n_patterns
 from django.core.asgi import get_asgi_application
-from django.test import AsyncClient, Client
+from django.core.wsgi import get_wsgi_application
+from django.http import FileResponse, HttpResponse, StreamingHttpResponse
+from django.test import AsyncClient, Client, RequestFactory
+from django.urls import include, path, re_path
 from opentelemetry import trace
 from prometheus_client import REGISTRY
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from monitoring import context
 from monitoring.conf import service_name
 
-from .conftest import counted
+from .conftest import counted, run_python
 from .project import urls
 
-pytestmark = pytest.mark.urls("tests.monitoring.project.urls")
+pytestmark = pytest.mark.urls(__name__)
+
+
+def _failing():
+    yield b"one"
+    raise RuntimeError("this stream fails")
+
+
+async def _failing_async():
+    yield b"one"
+    raise RuntimeError("this stream fails")
+
+
+async def _for_ever():
+    while True:
+        yield b"more"
+        await asyncio.sleep(0.01)
+
+
+def _file(request):
+    return FileResponse(Path(__file__).open("rb"))
+
+
+def _ok(request, **_):
+    return HttpResponse("ok")
+
+
+urlpatterns = [
+    *urls.urlpatterns,
+    path("stream-fails", lambda request: StreamingHttpResponse(_failing())),
+    path("stream-async-fails", lambda request: StreamingHttpResponse(_failing_async())),
+    path("stream-async-for-ever", lambda request: StreamingHttpResponse(_for_ever())),
+    path("file", _file),
+    path("only-once", _ok),
+    path("included/", include([re_path(r"^(?P<id>[0-9]+)$", _ok)])),
+    re_path(r"^regex/", include([re_path(r"^included/(?P<id>[0-9]+)$", _ok)])),
+    *i18n_patterns(path("about", _ok)),
+]
 
 
 @pytest.fixture
@@ -81,6 +126,80 @@ def test_streaming_response_that_nobody_read_is_counted(client):
     assert counted("http_request_duration_seconds_count", path="/stream") == before + 1
 
 
+@pytest.mark.django_db
+def test_stream_that_fails_is_counted_once_as_failed(client):
+    before = counted("http_requests_total", path="/stream-fails")
+    response = client.get("/stream-fails")
+    with pytest.raises(RuntimeError):
+        list(response.streaming_content)
+    response.close()
+    assert counted("http_requests_total", path="/stream-fails", status="500") == before + 1
+    assert counted("http_requests_total", path="/stream-fails") == before + 1
+
+
+@pytest.mark.django_db
+def test_file_is_left_to_the_server_and_counted():
+    environ = RequestFactory().get("/file").environ | {"wsgi.file_wrapper": FileWrapper}
+    before = counted("http_requests_total", path="/file", status="200")
+    sent = get_wsgi_application()(environ, lambda status, headers: None)
+    assert isinstance(sent, FileWrapper)
+    assert b"".join(sent) == Path(__file__).read_bytes()
+    sent.close()
+    assert counted("http_requests_total", path="/file", status="200") == before + 1
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("/included/17", "/included/(?P<id>[0-9]+)$"),
+        ("/regex/included/17", "/regex/included/(?P<id>[0-9]+)$"),
+        ("/en-us/about", "/en-us/about"),
+    ],
+)
+def test_path_of_nested_routes(client, url, path):
+    before = counted("http_requests_total", path=path, status="200")
+    assert client.get(url).status_code == 200
+    assert counted("http_requests_total", path=path, status="200") == before + 1
+
+
+def test_mount_point_is_not_in_the_path(client, settings):
+    settings.FORCE_SCRIPT_NAME = "/mounted"
+    before = counted("http_requests_total", path="/async"), counted("http_requests_total", path="/health")
+    assert client.get("/async").status_code == 200
+    assert client.get("/health").json() == {"status": "healthy"}
+    after = counted("http_requests_total", path="/async"), counted("http_requests_total", path="/health")
+    assert after == (before[0] + 1, before[1] + 1)
+
+
+def test_errors_are_0_before_the_first_one(client):
+    client.get("/only-once")
+    text = client.get("/metrics").content.decode()
+    labels = f'method="GET",path="%s",service="{service_name()}",status="500"'
+    assert f"http_requests_total{{{labels % '/only-once'}}} 0.0" in text
+    assert f"http_requests_total{{{labels % '/unknown'}}} " in text
+
+
+def test_errors_are_0_from_the_start():
+    scrape = "import django; django.setup(); from django.test import Client; print(Client().get('/metrics').text)"
+    assert 'path="/unknown",service="project",status="500"} 0.0' in run_python(scrape).stdout
+
+
+def test_request_in_a_sampled_trace_is_the_exemplar_of_its_bucket(client):
+    trace_id = uuid4().hex
+    client.get("/async", headers={"traceparent": f"00-{trace_id}-b7ad6b7169203331-01"})
+    unsampled = uuid4().hex
+    client.get("/fail", headers={"traceparent": f"00-{unsampled}-b7ad6b7169203331-00"})
+    text = client.get("/metrics", headers={"Accept": "application/openmetrics-text;version=1.0.0"}).content.decode()
+    named = [
+        (sample.labels["path"], set(sample.exemplar.labels))
+        for family in parse_openmetrics(text)
+        for sample in family.samples
+        if sample.exemplar and sample.exemplar.labels["trace_id"] == trace_id
+    ]
+    assert named == [("/async", {"trace_id", "span_id"})]
+    assert unsampled not in text
+
+
 def test_request_for_another_host_is_counted(client):
     before = counted("http_requests_total", path="/unknown", status="400")
     assert client.get("/", headers={"host": "evil.example"}).status_code == 400
@@ -102,7 +221,7 @@ def test_flood_of_odd_requests_makes_few_series(client):
         client.get(f"/items/{uuid4()}")
         client.generic(f"ODD{number}", "/")
     new = series() - before
-    assert len(new) <= 3
+    assert len(new) <= 6  # /unknown, the route and the method, and the errors of each, which begin at 0
     assert counted("http_requests_total", method="OTHER", path="/") >= 100
 
 
@@ -156,8 +275,8 @@ def test_access_log_line(client, caplog):
 
 def test_probes_are_not_in_the_access_log_at_info(client, caplog):
     caplog.set_level(logging.INFO)
-    for path in ("/health", "/livez", "/metrics"):
-        client.get(path)
+    for probe in ("/health", "/livez", "/metrics"):
+        client.get(probe)
     assert [record for record in caplog.records if record.name == "monitoring.access"] == []
 
 
@@ -193,31 +312,78 @@ def test_async_requests():
     assert left == ""
 
 
-def test_async_request_whose_client_has_gone_is_no_server_error():
+def asgi_request(path, *, until=lambda sent: False, fails_to_send=False):
+    """Send a request through the ASGI application; the client goes away when `until(sent)`. Return what was sent."""
+    sent = []
     messages = iter([{"type": "http.request", "body": b""}, {"type": "http.disconnect"}])
-    urls.waiting.clear()
 
     async def receive():
         message = next(messages)
-        while message["type"] == "http.disconnect" and not urls.waiting:
+        while message["type"] == "http.disconnect" and not until(sent):
             await asyncio.sleep(0.01)
         return message
 
     async def send(message):
-        raise AssertionError(f"nobody is there for {message}")
+        sent.append(message)
+        if fails_to_send and message["type"] == "http.response.body":
+            raise ConnectionResetError
 
     scope = {
         "type": "http",
         "method": "GET",
-        "path": "/wait-for-ever",
+        "path": path,
         "query_string": b"",
         "headers": [(b"host", b"testserver")],
     }
-    labels = {"path": "/wait-for-ever", "status": "499"}
-    before = counted("http_requests_total", **labels)
 
     async def request():
         await asyncio.wait_for(get_asgi_application()(scope, receive, send), 10)
 
-    asyncio.run(request())
-    assert counted("http_requests_total", **labels) == before + 1
+    try:
+        asyncio.run(request())
+    except (RuntimeError, ConnectionResetError) as error:  # what the server's log would show
+        sent.append(type(error))
+    return sent
+
+
+def test_async_request_whose_client_has_gone_is_no_server_error():
+    urls.waiting.clear()
+    before = counted("http_requests_total", path="/wait-for-ever", status="499")
+    assert asgi_request("/wait-for-ever", until=lambda sent: urls.waiting) == []
+    assert counted("http_requests_total", path="/wait-for-ever", status="499") == before + 1
+
+
+@pytest.mark.django_db  # closing a response looks at the connections
+@pytest.mark.parametrize(
+    ("path", "status", "options"),
+    [
+        ("/stream-async", "200", {}),
+        ("/stream", "200", {}),
+        ("/stream-async-for-ever", "200", {"until": lambda sent: len(sent) > 3}),
+        ("/stream-async-fails", "500", {}),
+        ("/stream-fails", "500", {}),
+        ("/stream-async-for-ever", "200", {"fails_to_send": True}),
+        ("/file", "200", {}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume synchronous iterators")
+@pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile")  # Django leaves the body of a request that fails open
+def test_asgi_stream_is_counted_once_however_it_ends(path, status, options):
+    all_before, before = (
+        counted("http_requests_total", path=path),
+        counted("http_requests_total", path=path, status=status),
+    )
+    sent = asgi_request(path, **options)
+    assert sent[0]["status"] == 200
+    gc.collect()
+    assert counted("http_requests_total", path=path, status=status) == before + 1
+    assert counted("http_requests_total", path=path) == all_before + 1
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize("path", ["/health", "/livez", "/readyz", "/metrics"])
+def test_asgi_probes(path):
+    before = counted("http_requests_total", path=path, status="200")
+    start, body, *_ = asgi_request(path)
+    assert (start["status"], bool(body["body"])) == (200, True)
+    assert counted("http_requests_total", path=path, status="200") == before + 1

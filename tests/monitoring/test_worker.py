@@ -109,7 +109,7 @@ def test_scrape_that_read_the_database_leaves_no_connection_open():
         with Worker("relay", port):
             text = get(f"http://127.0.0.1:{port}/metrics").text
     finally:
-        metrics._collectors.remove(collector)
+        metrics.unregister_collector(collector)
     assert sample(text, "test_from_database") == 42
     assert used[0] is not connection._connections[connection._alias]
     assert used[0].connection is None

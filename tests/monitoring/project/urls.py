@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 
 from django.db import connection
 from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
-from django.urls import include, path, re_path
+from django.urls import path, re_path
 from opentelemetry import trace
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
@@ -108,5 +108,4 @@ urlpatterns = [
     path("stream", stream),
     path("stream-async", stream_async),
     re_path(r"^old/[0-9]+$", show),
-    path("", include("monitoring.urls")),
 ]
