@@ -23,6 +23,7 @@ from .kafka import (
     Producer,
     can_publish_to,
     make_producer,
+    producer_settings,
 )
 from .leader import Parked
 from .records import HEADER_FIELDS, headers_for
@@ -70,6 +71,7 @@ class Publisher:
         self._on_wait = on_wait
         self._patience_seconds = patience_seconds
         self._producer: Producer | None = None
+        self._client_id = str(producer_settings()["client.id"])
         self._errors: dict[int, KafkaError] = {}
         self._unsent: set[int] = set()
         self._failed_topics: dict[str, KafkaError] = {}
@@ -113,7 +115,7 @@ class Publisher:
                     refused, left = self._settle(left, parking)
             finally:
                 if span.is_recording():
-                    _describe(span, rows, parking.parked)
+                    _describe(span, self._client_id, rows, parking.parked)
         _count_published(rows, parking.parked)
         metrics.OUTBOX_PUBLISH_BATCH_SECONDS.observe(time.perf_counter() - started)
         return [parking.parked[row[0]] for row in rows if row[0] in parking.parked]
@@ -350,13 +352,14 @@ def _reason(error: BaseException) -> str:
     return error.args[0].str() if isinstance(error, KafkaException) else str(error)
 
 
-def _describe(span: Span, rows: Sequence[Row], parked: dict[int, Parked]) -> None:
+def _describe(span: Span, client_id: str, rows: Sequence[Row], parked: dict[int, Parked]) -> None:
     """Messaging attributes of the batch, and links to the requests that emitted its events."""
     topics_of_batch = {row[1] for row in rows}
     if len(topics_of_batch) == 1:
         span.update_name(f"send {rows[0][1]}")
         span.set_attribute("messaging.destination.name", rows[0][1])
     span.set_attribute("messaging.system", "kafka")
+    span.set_attribute("messaging.client.id", client_id)
     span.set_attribute("messaging.operation.name", "send")
     span.set_attribute("messaging.operation.type", "send")
     span.set_attribute("messaging.batch.message_count", len(rows))

@@ -168,8 +168,7 @@ def tracing_config() -> TracingConfig:
         raise ImproperlyConfigured(f"the OTLP protocol is {protocol!r}: spans are sent by grpc only")
     exporter = env.choice("OTEL_TRACES_EXPORTER", frozenset({"otlp", "none"}))
     enabled = bool(endpoint) and exporter != "none" if given.tracing_enabled is None else given.tracing_enabled
-    # Variables of which nothing is read where nothing is exported may not stop the process either.
-    enabled = enabled and not env.flag("OTEL_SDK_DISABLED")
+    enabled = not env.flag("OTEL_SDK_DISABLED") and enabled
     insecure = env.flag(traces + "INSECURE")
     insecure = env.flag(otlp + "INSECURE") if insecure is None else insecure
     if insecure is False and endpoint and "://" not in endpoint:

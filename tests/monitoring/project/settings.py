@@ -18,4 +18,6 @@ LOGGING_CONFIG = None
 MONITORING = {
     "SERVICE_NAME": "project",
     "LOG_FORMAT": os.environ.get("LOG_FORMAT", "json"),
+    "SAMPLING_MODE": os.environ.get("SAMPLING_MODE", "keep_failed"),
+    "TRACE_EXCEPTION_MESSAGES": "TRACE_EXCEPTION_MESSAGES" in os.environ,
 }

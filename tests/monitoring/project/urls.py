@@ -5,7 +5,8 @@ import logging
 import os
 from collections.abc import AsyncIterator, Iterable, Iterator
 
-from django.http import HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
+from django.db import connection
+from django.http import Http404, HttpRequest, HttpResponse, JsonResponse, StreamingHttpResponse
 from django.urls import path, re_path
 from opentelemetry import trace
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
@@ -67,6 +68,17 @@ def fail(request: HttpRequest) -> HttpResponse:
     raise RuntimeError("this view fails")
 
 
+def fail_after_query(request: HttpRequest) -> HttpResponse:
+    with connection.cursor() as cursor:
+        cursor.execute("CREATE TABLE IF NOT EXISTS django_content_type (id int)")
+        cursor.execute("SELECT id FROM django_content_type WHERE id = %s", [1])
+    raise RuntimeError("the secret that somebody wrote")
+
+
+def missing(request: HttpRequest) -> HttpResponse:
+    raise Http404("no such secret")
+
+
 def stream(request: HttpRequest) -> StreamingHttpResponse:
     def chunks() -> Iterator[bytes]:
         yield b"one "
@@ -91,6 +103,8 @@ urlpatterns = [
     path("confuse", confuse),
     path("pid", pid),
     path("fail", fail),
+    path("fail-after-query", fail_after_query),
+    path("missing/<int:number>", lambda request, number: missing(request)),
     path("stream", stream),
     path("stream-async", stream_async),
     re_path(r"^old/[0-9]+$", show),
