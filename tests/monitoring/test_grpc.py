@@ -52,6 +52,8 @@ class Service:
             servicer_context.set_code(grpc.StatusCode.PERMISSION_DENIED)
         elif request == b"raise":
             raise RuntimeError(SECRET)
+        elif request == b"say-so":
+            self.waiting.set()
         elif request == b"wait":
             self.waiting.set()
             self.may_go_on.wait(20)
@@ -374,20 +376,24 @@ def test_no_request_sees_the_context_of_another(client):
 
 @pytest.mark.parametrize("server", [SyncServer], indirect=True)
 def test_a_client_that_leaves_while_its_next_message_is_waited_for(client, service, spans):
+    done = threading.Event()
+
+    def messages():
+        yield b"say-so"
+        done.wait(20)
+
     for _ in range(10):
-        sent, done = threading.Event(), threading.Event()
-
-        def messages(sent=sent, done=done):
-            yield b"go"
-            sent.set()
-            done.wait(20)
-
+        service.waiting.clear()
         call = client.channel.stream_unary(f"/{service.name}/stream_unary").future(messages())
-        sent.wait(20)
+        assert service.waiting.wait(20)
         call.cancel()
-        done.set()
-    eventually(f"/{service.name}/stream_unary", [0, 10, 10])
-    assert {span.attributes["rpc.response.status_code"] for span in wait_until(spans)} == {"CANCELLED"}
+    wait_until(lambda: requests(f"/{service.name}/stream_unary")[2] == 10)
+    done.set()
+    # gRPC may tell the handler that the messages are at their end before it notices that the client has gone: then the
+    # handler is done, and well. Where it raises in the handler instead, that is no fault of the handler's.
+    wait_until(lambda: len(spans()) == 10)
+    codes = {span.attributes["rpc.response.status_code"] for span in spans()}
+    assert codes <= {"CANCELLED", "OK"}
 
 
 @pytest.mark.parametrize("server", [AioServerWithSyncHandlers], indirect=True)
