@@ -628,7 +628,7 @@ def test_filters_of_the_handler_are_asked(console, capfd):
     assert parsed(line)["message"] == "wanted"
 
 
-def test_every_line_of_web_and_worker_is_of_the_schema(tmp_path):
+def test_every_line_of_the_web_server_is_of_the_schema(tmp_path):
     with running_gunicorn(tmp_path) as server:
         get(f"{server.url}/items/0191d1f0-0000-7000-8000-000000000000", X_Correlation_ID="abc")
         get(f"{server.url}/fail")
