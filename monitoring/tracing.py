@@ -19,7 +19,6 @@ OTEL_BSP_*, further OTEL_RESOURCE_ATTRIBUTES, OTEL_PROPAGATORS, and OTEL_SDK_DIS
 whatever the setting says. A value that means nothing raises ImproperlyConfigured at the start of the process.
 """  # noqa: E501  (a table)
 
-import os
 import re
 import ssl
 from collections.abc import Callable, Mapping
@@ -220,7 +219,8 @@ def _share(given: float | None, environment: str) -> tuple[float, bool]:
 def init_tracing(config: TracingConfig) -> Callable[[], None]:
     """Start tracing in this process; the returned callable stops it, sending the last spans within FLUSH_SECONDS.
 
-    May be called before a fork: each process makes its own thread and connection with its first span. OpenTelemetry
+    May be called before a fork: each process makes its own thread and connection with its first span (gRPC's part in
+    that is on by default; GRPC_ENABLE_FORK_SUPPORT=false would hang a child whose parent has sent). OpenTelemetry
     allows one provider a process: where there is one already, nothing is started and the returned callable does
     nothing. When not enabled, nothing is exported, but spans still have ids. This is the specification's InitTracing;
     W3C trace context and baggage are what OpenTelemetry propagates by itself, unless OTEL_PROPAGATORS is set.
@@ -263,8 +263,6 @@ def _sampler(config: TracingConfig) -> ShareSampler:
 
 
 def _queue(config: TracingConfig) -> SpanQueue:
-    # Forking with a connection open hangs the child in gRPC, unless this is set before its first import.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "true")
     # Imported here: gRPC takes long to import, and commands that do not export should not wait for it.
     from opentelemetry.exporter.otlp.proto.grpc import trace_exporter  # noqa: F401
 
