@@ -16,7 +16,7 @@ NO_SERVICES := DATABASE_URL=postgresql://127.0.0.1:1/unused KAFKA_BOOTSTRAP_SERV
 IS_3_11 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help up test soak bench coverage lint format proto proto-check requirements clean
+.PHONY: help up test soak bench coverage lint format proto proto-check dashboards requirements clean
 
 help: ## list what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -59,6 +59,9 @@ proto-check: $(INSTALLED) # the committed Protobuf code is what the .proto files
 	@cd build/proto && for file in $$(find . -name '*_pb2.py*'); do \
 	    diff -u ../../$$file $$file || { echo "$$file is not up to date: run make proto"; exit 1; }; \
 	done
+
+dashboards: $(INSTALLED) ## write Grafana's dashboards anew
+	$(VENV_PYTHON) -m monitoring.ops.grafana.dashboards
 
 requirements: $(INSTALLED) ## pin requirements*.in anew
 	$(COMPILE) requirements.in -o requirements.txt

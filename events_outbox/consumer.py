@@ -76,6 +76,7 @@ class ConsumerProcess:
         name = self.consumer.name
         for counter in (metrics.CONSUMER_DUPLICATES, metrics.CONSUMER_SKIPPED, metrics.CONSUMER_RETRIES):
             counter.labels(name)
+        metrics.CONSUMER_COMMIT_HOOK_FAILURES.labels(name)
         for entry in event_types():
             if self.consumer.route(entry.name, entry.version):
                 metrics.CONSUMER_HANDLED.labels(name, entry.name)

@@ -260,9 +260,11 @@ class StatusCollector(Collector):
         yield metrics.OUTBOX_OLDEST_PENDING_AGE(value=max(age_seconds, 0.0))
         yield metrics.OUTBOX_OLDEST_OPEN_TRANSACTION_AGE(value=transaction_age_seconds)
         yield metrics.OUTBOX_UNDELIVERABLE(value=UndeliverableEvent.objects.open().count())
+        # 0 where there are none; and those of a consumer that is gone.
+        counts = {consumer.name: 0 for consumer in consumers()} | open_dead_letters()
         dead_letters = metrics.CONSUMER_DEAD_LETTERS()
-        for consumer, count in open_dead_letters().items():
-            dead_letters.add_metric([consumer], count)
+        for name, count in counts.items():
+            dead_letters.add_metric([name], count)
         yield dead_letters
         paused, pauses = metrics.CONSUMER_PAUSED(), set(ConsumerPause.objects.values_list("consumer", flat=True))
         for name in (consumer.name for consumer in consumers()):

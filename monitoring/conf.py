@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -23,6 +23,9 @@ SAMPLING_MODES = ("keep_failed", "ratio", "collector")
 class MonitoringSettings:
     """`settings.MONITORING` with lower-case names; every key may be left out.
 
+    `log_format`: `"json"`, `"text"`, or `"auto"`: text in a terminal, else JSON.
+    `log_redact`: names of fields that are hidden in log lines, besides `monitoring.redaction.SECRET_NAMES`.
+    `ready_databases`: aliases that /readyz asks; empty: all.
     `llm_prices`: model -> dollars per million tokens, `{"input": 2.5, "output": 10, "cached_input": 1.25}`; the last
     may be left out. A model's price is also that of its dated versions: `gpt-4o` of `gpt-4o-2024-08-06`.
     `probe_prefix`: the middleware answers /health, /livez, /readyz and /metrics below it, as in "/internal"; None: it
@@ -33,8 +36,10 @@ class MonitoringSettings:
     service_name: str = field(default_factory=otel_environment.service_name)
     service_version: str = field(default_factory=otel_environment.service_version)
     environment: str = field(default_factory=otel_environment.environment)
-    log_format: str = "json"
+    log_format: str = "auto"
     log_level: str = "INFO"
+    log_redact: Sequence[str] = ()
+    ready_databases: Sequence[str] = ()
     probe_prefix: str | None = ""
     llm_prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tracing_enabled: bool | None = None
@@ -48,8 +53,11 @@ class MonitoringSettings:
     trace_exception_messages: bool = False
 
     def __post_init__(self) -> None:
-        if self.log_format not in ("json", "text"):
-            raise ImproperlyConfigured(f"LOG_FORMAT must be json or text, not {self.log_format!r}")
+        if self.log_format not in ("auto", "json", "text"):
+            raise ImproperlyConfigured(f"LOG_FORMAT must be auto, json or text, not {self.log_format!r}")
+        for name, value in (("LOG_REDACT", self.log_redact), ("READY_DATABASES", self.ready_databases)):
+            if isinstance(value, str) or not all(isinstance(each, str) and each for each in value):
+                raise ImproperlyConfigured(f"{name} must be a list of names, not {value!r}")
         if self.log_level not in logging.getLevelNamesMapping():
             raise ImproperlyConfigured(f"LOG_LEVEL must be a level such as INFO, not {self.log_level!r}")
         if self.probe_prefix and (self.probe_prefix[0] != "/" or self.probe_prefix[-1] == "/"):

@@ -1,89 +1,96 @@
-"""One line format for web, relay, consumers, gunicorn and Django: JSON, or text for a terminal."""
+"""Logging of web, relay, consumers, gunicorn and Django: one line format, one way out.
+
+`monitoring.log_lines` says what is in a line, `monitoring.redaction` what is not, `monitoring.log_output` how it gets
+out whole.
+"""
 
 import logging
 import logging.config
+import os
 import sys
-from datetime import UTC, datetime
+import threading
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
-from opentelemetry import trace
-from pythonjsonlogger.core import RESERVED_ATTRS
-from pythonjsonlogger.json import JsonFormatter
+from monitoring.conf import monitoring_settings
+from monitoring.log_lines import JsonLineFormatter, TextLineFormatter
+from monitoring.log_output import Output, output_to
 
-from monitoring import context
-from monitoring.conf import monitoring_settings, service_name
+__all__ = ["ConsoleHandler", "JsonLineFormatter", "TextLineFormatter", "configure_logging", "log_to"]
 
-# Django attaches the whole request to its error records; its text has the query string in it.
-_NOT_EXTRA = {*RESERVED_ATTRS, "request"}
-
-
-def _time(record: logging.LogRecord) -> str:
-    """RFC 3339 in UTC with milliseconds."""
-    time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-    return time.replace("+00:00", "Z")
-
-
-def _origin(record: logging.LogRecord) -> dict[str, str]:
-    """What the line belongs to: ids of the trace, tenant, event and correlation, as far as there are any."""
-    span = trace.get_current_span().get_span_context()
-    ids = {
-        "trace_id": trace.format_trace_id(span.trace_id)
-        if span.is_valid
-        else context.trace_headers.get().get("traceparent", "")[3:35],
-        "span_id": trace.format_span_id(span.span_id) if span.is_valid else "",
-        "tenant_id": context.tenant_id.get(),
-        "event_id": str(context.event_id.get()),
-        "correlation_id": context.correlation_id.get(),
-    }
-    return {name: value for name, value in ids.items() if value}
-
-
-def _extra(record: logging.LogRecord) -> dict[str, Any]:
-    return {name: value for name, value in record.__dict__.items() if name not in _NOT_EXTRA}
-
-
-class JsonLineFormatter(JsonFormatter):
-    """One JSON object a line: time, level, logger, message, service, ids, the record's extra, exception."""
-
-    def add_fields(self, log_data: dict[str, Any], record: logging.LogRecord, message_dict: dict[str, Any]) -> None:
-        log_data |= {
-            "time": _time(record),
-            "level": record.levelname,
-            "logger": record.name,
-            "message": record.getMessage(),
-            "service": service_name(),
-            **_origin(record),
-            **_extra(record),
-        }
-        if exception := message_dict.pop("exc_info", None):
-            log_data["exception"] = exception
-        if stack := message_dict.pop("stack_info", None):
-            log_data["stack"] = stack
-        log_data |= message_dict
-
-
-class TextLineFormatter(logging.Formatter):
-    """`time LEVEL service logger: message name=value ...`, and tracebacks below, for people at a terminal."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        values = "".join(f" {name}={value}" for name, value in (_origin(record) | _extra(record)).items())
-        origin = f"{_time(record)} {record.levelname:<7} {service_name()} {record.name}"
-        return f"{origin}: {record.getMessage()}{values}"
-
+logger = logging.getLogger(__name__)
 
 StreamName = Literal["stdout", "stderr"]
 _stream_name: StreamName = "stderr"
 
 
-class ConsoleHandler(logging.StreamHandler[TextIO]):
-    """Writes to what is stdout or stderr at that moment."""
+class ConsoleHandler(logging.Handler):
+    """Writes to what is stdout or stderr at that moment: JSON, or text in a terminal, as LOG_FORMAT says.
+
+    A line that cannot be made or written raises nothing and fails nobody; how many were lost is logged as soon as one
+    can be written again.
+    """
 
     def __init__(self) -> None:
-        logging.Handler.__init__(self)
+        super().__init__()
+        self._target = _Target(None)
 
-    @property
-    def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stdout if _stream_name == "stdout" else sys.stderr
+    def handle(self, record: logging.LogRecord) -> bool:
+        # Not Handler's, which holds a lock while the line is made. Output has its own.
+        wanted = bool(self.filter(record))
+        if wanted:
+            self.emit(record)
+        return wanted
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            stream = sys.stdout if _stream_name == "stdout" else sys.stderr
+            target = self._target
+            if stream is not target.stream:
+                target = self._target = _Target(stream)
+            if target.output is not None and target.output.lost:
+                self._tell_lost(target, target.output)
+            target.write((self.formatter or target.formatter).format(record) + "\n")
+        except Exception:  # noqa: S110 there is nowhere left to say it
+            pass
+
+    def _tell_lost(self, target: "_Target", output: Output) -> None:
+        lost, output.lost = output.lost, 0
+        record = logger.makeRecord(
+            logger.name, logging.ERROR, __file__, 0, "log lines lost", (), None, extra={"lines": lost}
+        )
+        target.write((self.formatter or target.formatter).format(record) + "\n")
+        if output.lost:
+            output.lost = lost
+
+
+class _Target:
+    """Where lines go, and in which format."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self.stream = stream
+        self.output: Output | None = None
+        in_terminal = False
+        try:
+            if stream is not None:
+                self.output = output_to(stream.fileno())
+                in_terminal = stream.isatty()
+        except (AttributeError, OSError, ValueError):
+            pass  # no descriptor behind it: a test's, a notebook's
+        log_format = monitoring_settings().log_format if stream is not None else "json"
+        self.formatter: logging.Formatter
+        if log_format == "text" or (log_format == "auto" and in_terminal):
+            in_colour = in_terminal and "NO_COLOR" not in os.environ and os.environ.get("TERM") != "dumb"
+            self.formatter = TextLineFormatter(in_colour=in_colour)
+        else:
+            self.formatter = JsonLineFormatter()
+
+    def write(self, line: str) -> None:
+        if self.output is not None:
+            self.output.write(line.encode(errors="backslashreplace"))
+        elif self.stream is not None:
+            self.stream.write(line)
+            self.stream.flush()
 
 
 def log_to(stream_name: StreamName) -> StreamName:
@@ -97,15 +104,17 @@ def log_to(stream_name: StreamName) -> StreamName:
 
 
 def configure_logging() -> None:
-    """Give every logger of the process the line format and level of the MONITORING setting."""
+    """Give every logger of the process the line format and level of the MONITORING setting.
+
+    So are warnings, and exceptions that nobody caught: of threads, and of servers (`log_to("stdout")`) also those
+    that end the process. A command shows its traceback as Python does.
+    """
     config = monitoring_settings()
-    formatter = JsonLineFormatter if config.log_format == "json" else TextLineFormatter
     logging.config.dictConfig(
         {
             "version": 1,
             "disable_existing_loggers": False,
-            "formatters": {"line": {"()": formatter}},
-            "handlers": {"console": {"()": ConsoleHandler, "formatter": "line"}},
+            "handlers": {"console": {"()": ConsoleHandler}},
             "root": {"level": config.log_level, "handlers": ["console"]},
             "loggers": {
                 # Refused requests are in the access log; only failures need a line with a traceback.
@@ -119,3 +128,33 @@ def configure_logging() -> None:
         }
     )
     logging.captureWarnings(True)
+    # Not over the hook of anybody else, who has a reason for it.
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _uncaught
+    if threading.excepthook is threading.__excepthook__:
+        threading.excepthook = _uncaught_in_thread
+
+
+_ALREADY_LOGGED = "_monitoring_logged"
+
+
+def log_end(error: BaseException) -> None:
+    """Log the exception that ends this server; it is not shown again when it reaches the top."""
+    logger.critical("ended by an exception", exc_info=error)
+    setattr(error, _ALREADY_LOGGED, True)
+
+
+def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if getattr(error, _ALREADY_LOGGED, False):
+        return
+    if _stream_name == "stdout" and issubclass(kind, Exception):
+        logger.critical("ended by an exception", exc_info=(kind, error, trace))
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _uncaught_in_thread(args: Any) -> None:
+    if args.exc_type is not SystemExit:  # by which threads end themselves
+        error = args.exc_value or args.exc_type()
+        name = args.thread.name if args.thread is not None else ""
+        logger.error("thread ended by an exception", exc_info=error, extra={"thread_name": name})

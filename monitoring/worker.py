@@ -18,7 +18,8 @@ from django.core.management.base import CommandError
 from django.db import connections
 
 from monitoring.conf import process_role
-from monitoring.logging import log_to
+from monitoring.health import readiness
+from monitoring.logging import log_end, log_to
 from monitoring.metrics import exposition
 from monitoring.tracing import init_tracing, tracing_config
 
@@ -28,11 +29,12 @@ STALE_AFTER_SECONDS = 30.0
 
 
 class Worker:
-    """Names the process `<service>-<role>`, traces it, serves /metrics, /health, /livez on `port` (0: not).
+    """Names the process `<service>-<role>`, traces it, serves /metrics, /health, /livez, /readyz on `port` (0: not).
 
     `with Worker("relay", 9101) as worker:` around the loop, `worker.tick()` in it: /livez turns 503 when there was no
     tick for `stale_after_seconds` (None: STALE_AFTER_SECONDS). Where several loops go round, `loops` names them, each
-    ticks by its name, and one that does not is enough. Raises CommandError on entry when the port cannot be had.
+    ticks by its name, and one that does not is enough. /readyz says the same as the web's: whether the database answers
+    and has its migrations. Raises CommandError on entry when the port cannot be had.
     """
 
     def __init__(
@@ -60,6 +62,9 @@ class Worker:
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        # Said here, in the worker's log and under its name: further up it is a command's traceback.
+        if isinstance(value, Exception) and not isinstance(value, CommandError):
+            log_end(value)
         self._stack.close()
 
     def tick(self, loop: str = "") -> None:
@@ -134,8 +139,15 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self._answer_json(HTTPStatus.SERVICE_UNAVAILABLE, answer)
             else:
                 self._answer_json(HTTPStatus.OK, {"status": "alive"})
+        elif path == "/readyz":
+            if reasons := readiness.reasons_against():
+                self._answer_json(HTTPStatus.SERVICE_UNAVAILABLE, {"status": "unready", "reasons": reasons})
+            else:
+                self._answer_json(HTTPStatus.OK, {"status": "ready"})
         else:
             self._answer_json(HTTPStatus.NOT_FOUND, {"status": "not found"})
+
+    do_HEAD = do_GET
 
     def _answer_json(self, status: HTTPStatus, answer: dict[str, Any]) -> None:
         self._answer(status, json.dumps(answer).encode(), "application/json")
@@ -145,7 +157,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)

@@ -19,11 +19,12 @@ from events_outbox.handlers import consumer_named
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES = COMPOSE["services"]
+HEADER = (ROOT / "docker-compose.yml").read_text().partition("\nname:")[0]
 ONE_SHOT = {"migrate"}
 CONSUMERS = {"analytics": 9102, "notification": 9103, "audit": 9104}
-# Its image holds the collector's binary alone: no program that could ask it.
-WITHOUT_HEALTH_CHECK = {"otel-collector"}
-PROMETHEUS = yaml.safe_load((ROOT / "monitoring/ops/prometheus.yml").read_text())
+OPS = ROOT / "monitoring/ops"
+LOOPBACK = re.compile(r"\$\{(WEB|MONITORING)_ADDRESS:-127\.0\.0\.1\}:(\d+):(\d+)")
+PROMETHEUS = yaml.safe_load((OPS / "prometheus.yml").read_text())
 
 each_service = pytest.mark.parametrize("name", sorted(SERVICES))
 
@@ -43,7 +44,8 @@ def test_valid_against_the_compose_schema():
 def test_every_part_is_there():
     consumers = {f"consumer-{name}" for name in CONSUMERS}
     assert set(SERVICES) == consumers | {
-        *("postgres", "kafka", "migrate", "web", "relay", "prometheus", "otel-collector", "jaeger")
+        *("postgres", "kafka", "redis", "migrate", "web", "relay"),
+        *("prometheus", "alertmanager", "grafana", "otel-collector", "jaeger"),
     }
     assert SERVICES["relay"]["deploy"]["replicas"] == 2
 
@@ -53,6 +55,31 @@ def test_image_is_pinned(name):
     image, _, tag = SERVICES[name]["image"].rpartition(":")
     assert re.fullmatch(r"[a-z0-9/._-]+", image)
     assert re.fullmatch(r"v?\d+(\.\d+)+", tag)
+
+
+def test_image_made_here_is_of_pinned_ones_and_named_after_them():
+    made = SERVICES["otel-collector"]
+    [base] = re.findall(r"^FROM (\S+)$", made["build"]["dockerfile_inline"], re.MULTILINE)
+    [probe] = re.findall(r"^COPY --from=(\S+) ", made["build"]["dockerfile_inline"], re.MULTILINE)
+    assert re.fullmatch(r"busybox:\d+\.\d+\.\d+-musl", probe)  # linked statically: it runs in an empty image
+    assert base.rpartition(":")[2] == made["image"].rpartition(":")[2]
+    assert f" {made['healthcheck']['test'][1]}\n" in made["build"]["dockerfile_inline"]
+
+
+@each_service
+def test_nothing_is_published_beyond_this_machine(name):
+    for port in SERVICES[name].get("ports", []):
+        address, outside, inside = LOOPBACK.fullmatch(port).groups()
+        assert outside == inside
+        assert (address == "WEB") == (name == "web")
+    assert "network_mode" not in SERVICES[name]
+
+
+def test_published_are_the_pages_for_people():
+    published = {name: port for name in SERVICES for port in SERVICES[name].get("ports", [])}
+    assert set(published) == {"web", "grafana", "prometheus", "alertmanager", "jaeger"}
+    for port in published.values():
+        assert f"http://localhost:{LOOPBACK.fullmatch(port)[2]}" in HEADER
 
 
 def test_base_image_is_pinned():
@@ -67,7 +94,7 @@ def test_restarted_and_checked_unless_one_shot(name):
         assert service["restart"] == "no"
         return
     assert service["restart"] == "unless-stopped"
-    assert ("test" in service.get("healthcheck", {})) == (name not in WITHOUT_HEALTH_CHECK)
+    assert service["healthcheck"]["test"][0] in ("CMD", "CMD-SHELL")
 
 
 @each_service
@@ -75,6 +102,7 @@ def test_no_literal_secret(name):
     for variable, value in (SERVICES[name].get("environment") or {}).items():
         if re.search("PASSWORD|SECRET|TOKEN|KEY", variable):
             assert re.fullmatch(r"\$\{[A-Z_]+:\?[^}]+\}", str(value)), variable
+            assert value.partition(":")[0].removeprefix("${") in HEADER
         # A password in a URL, too, has to come from the environment.
         for password in re.findall(r"://[^:/@]+:(.+?)@", str(value)):
             assert re.fullmatch(r"\$\{[A-Z_]+:\?[^}]+\}", password), variable
@@ -92,7 +120,8 @@ def test_waits_for_what_it_needs(name):
 def test_volumes_are_declared_or_files_of_this_repository(name):
     for volume in SERVICES[name].get("volumes", []):
         source = volume.split(":")[0]
-        assert source in COMPOSE["volumes"] or (source.startswith("./") and (ROOT / source).is_file())
+        assert source in COMPOSE["volumes"] or (source.startswith("./") and (ROOT / source).exists())
+        assert source in COMPOSE["volumes"] or volume.endswith(":ro")
 
 
 @each_service
@@ -104,9 +133,10 @@ def test_commands_exist_and_take_their_arguments(name):
 
 
 def test_environment_is_what_the_settings_read():
-    source = (ROOT / "voicehelper/settings.py").read_text() + (ROOT / "voicehelper/services.py").read_text()
+    files = ("voicehelper/settings.py", "voicehelper/services.py", "monitoring/tracing.py")
+    source = "".join((ROOT / file).read_text() for file in files)
     for variable in SERVICES["web"]["environment"]:
-        assert f'"{variable}"' in source
+        assert re.search(rf"\b{variable}\b", source), variable
 
 
 @pytest.mark.parametrize(("consumer", "port"), CONSUMERS.items())
@@ -144,6 +174,69 @@ def test_spans_go_through_the_collector_to_jaeger():
     assert set(pipeline["processors"]) <= set(collector["processors"])
     [exporter] = pipeline["exporters"]
     assert collector["exporters"][exporter]["endpoint"] == "jaeger:4317"
+
+
+def test_prometheus_scrapes_what_is_there():
+    for job in PROMETHEUS["scrape_configs"]:
+        targets = [target for config in job.get("static_configs", []) for target in config["targets"]]
+        hosts = {target.partition(":")[0] for target in targets} | {
+            name for config in job.get("dns_sd_configs", []) for name in config["names"]
+        }
+        assert hosts
+        assert hosts - {"localhost"} <= set(SERVICES)
+    assert scraped()["prometheus"]["static_configs"][0]["targets"] == ["localhost:9090"]
+    assert {"alertmanager", "grafana", "otel-collector"} <= set(scraped())
+
+
+def mounted(name):
+    """What of this repository a service finds where."""
+    volumes = [volume.split(":") for volume in SERVICES[name]["volumes"]]
+    return {inside: ROOT / source for source, inside, *_ in volumes if source.startswith("./")}
+
+
+def test_prometheus_finds_its_rules_and_its_alertmanager():
+    assert mounted("prometheus")["/etc/prometheus/prometheus.yml"] == OPS / "prometheus.yml"
+    assert PROMETHEUS["rule_files"] == ["rules/*.yml"]
+    assert {path.name for path in mounted("prometheus")["/etc/prometheus/rules"].glob("*.yml")} == {
+        *("recording.yml", "alerts.yml")
+    }
+    [target] = PROMETHEUS["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    assert target == "alertmanager:9093"
+    assert mounted("alertmanager")["/etc/alertmanager/alertmanager.yml"] == OPS / "alertmanager.yml"
+    assert "--config.file=/etc/alertmanager/alertmanager.yml" in command_line("alertmanager")
+
+
+def test_prometheus_keeps_exemplars_and_knows_where_links_of_alerts_lead():
+    assert "--enable-feature=exemplar-storage" in command_line("prometheus")
+    needed = {value.strip("${}") for value in PROMETHEUS["global"]["external_labels"].values()}
+    assert needed == set(SERVICES["prometheus"]["environment"])
+    [relabel] = PROMETHEUS["alerting"]["alert_relabel_configs"]
+    assert relabel["action"] == "labeldrop"
+    assert set(relabel["regex"].split("|")) == set(PROMETHEUS["global"]["external_labels"])
+
+
+def test_grafana_finds_dashboards_data_sources_and_the_runbook():
+    places = mounted("grafana")
+    [provider] = yaml.safe_load((places["/etc/grafana/provisioning/dashboards"] / "dashboards.yml").read_text())[
+        "providers"
+    ]
+    dashboards = places[provider["options"]["path"]]
+    assert list(dashboards.glob("*.json"))
+    home = SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
+    assert (dashboards / Path(home).name).exists()
+    assert home.startswith(provider["options"]["path"])
+    sources = yaml.safe_load((places["/etc/grafana/provisioning/datasources"] / "datasources.yml").read_text())
+    for source in sources["datasources"]:
+        host, port = re.fullmatch(r"http://([\w-]+):(\d+)", source["url"]).groups()
+        assert f":{port}" in SERVICES[host]["ports"][0]
+    assert (places["/usr/share/grafana/public/docs"] / "runbook.md").exists()
+    assert SERVICES["prometheus"]["environment"]["DOCS_URL"].endswith(":3000/public/docs}")
+
+
+def test_grafana_lets_nobody_in_without_a_password():
+    environment = SERVICES["grafana"]["environment"]
+    assert environment["GF_SECURITY_ADMIN_PASSWORD"] == "${GRAFANA_ADMIN_PASSWORD:?set GRAFANA_ADMIN_PASSWORD}"
+    assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == environment["GF_USERS_ALLOW_SIGN_UP"] == "false"
 
 
 @pytest.mark.needs_tool("promtool")

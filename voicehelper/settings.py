@@ -84,6 +84,20 @@ DATABASES: dict[str, Any] = {
 # A database whose host is gone is noticed within seconds, not after the system's many minutes.
 _timeouts = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
 DATABASES["default"]["OPTIONS"] = {**_timeouts, **DATABASES["default"].get("OPTIONS", {})}
+# What web processes share, where there is a Redis. A request waits for one that does not answer no longer than this.
+REDIS_URL = os.environ.get("REDIS_URL", "")
+_redis = {
+    "BACKEND": "monitoring.caches.RedisCache",
+    "LOCATION": REDIS_URL,
+    "KEY_PREFIX": "voicehelper",
+    "OPTIONS": {"socket_connect_timeout": 0.25, "socket_timeout": 0.25},  # seconds
+}
+_memory = {"BACKEND": "monitoring.caches.LocMemCache", "LOCATION": "default"}
+CACHES: dict[str, Any] = {
+    "default": _redis if REDIS_URL else _memory,
+    # Of each process alone, for when the shared one is away.
+    "process": {"BACKEND": "monitoring.caches.LocMemCache", "LOCATION": "process"},
+}
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 AUTH_USER_MODEL = "identity.User"
@@ -131,7 +145,7 @@ MONITORING: dict[str, Any] = {
     "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),
     "SERVICE_VERSION": os.environ.get("VOICEHELPER_VERSION", "0.1.0"),
     "ENVIRONMENT": ENVIRONMENT,
-    "LOG_FORMAT": os.environ.get("LOG_FORMAT", "json"),  # json | text
+    "LOG_FORMAT": os.environ.get("LOG_FORMAT", "auto"),  # auto: text in a terminal, else json
     "LOG_LEVEL": os.environ.get("LOG_LEVEL", "INFO"),
     # keep_failed | ratio | collector; where spans go and how many: the standard OTEL_* variables.
     "SAMPLING_MODE": os.environ.get("SAMPLING_MODE", "keep_failed"),

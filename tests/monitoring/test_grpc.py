@@ -176,6 +176,9 @@ class AioServer:
         self.thread.join()
         self.loop.close()
 
+    async def in_thread(self, function):
+        return await self.loop.run_in_executor(None, function)
+
     async def cancel_rest(self):
         """A stream of a sync handler that its client has left keeps a thread waiting, for ever."""
         self.loop.set_exception_handler(lambda *_: None)
@@ -367,6 +370,32 @@ def test_no_request_sees_the_context_of_another(client):
         assert first.decode() == f"first {TRACE_ID} "
         correlation_id, trace_id, tenant_id = second.decode().split(" ")
         assert (trace_id != TRACE_ID, correlation_id, tenant_id) == (True, trace_id, "")
+
+
+@pytest.mark.parametrize("server", [SyncServer], indirect=True)
+def test_a_client_that_leaves_while_its_next_message_is_waited_for(client, service, spans):
+    for _ in range(10):
+        sent, done = threading.Event(), threading.Event()
+
+        def messages(sent=sent, done=done):
+            yield b"go"
+            sent.set()
+            done.wait(20)
+
+        call = client.channel.stream_unary(f"/{service.name}/stream_unary").future(messages())
+        sent.wait(20)
+        call.cancel()
+        done.set()
+    eventually(f"/{service.name}/stream_unary", [0, 10, 10])
+    assert {span.attributes["rpc.response.status_code"] for span in wait_until(spans)} == {"CANCELLED"}
+
+
+@pytest.mark.parametrize("server", [AioServerWithSyncHandlers], indirect=True)
+def test_threads_are_left_as_they_were(server, client):
+    for kind in KINDS:
+        client.answers(kind, b"go", metadata=[("x-correlation-id", "order 66")])
+    left = [server.run(server.in_thread(context.correlation_id.get)) for _ in range(20)]
+    assert set(left) == {""}
 
 
 def test_recording_that_fails_fails_no_request(client, monkeypatch, caplog):

@@ -22,7 +22,7 @@ from monitoring import context, labels, llm
 from monitoring.conf import MonitoringSettings
 from monitoring.llm import llm_request, observe_openai, price_of, record_llm_usage
 
-from .conftest import counted, run_python, wait_until
+from .conftest import counted, run_python
 
 SECRET = "my account number is 4711"
 MESSAGES = [{"role": "user", "content": SECRET}]
@@ -144,6 +144,13 @@ def test_a_request_that_fails(provider, spans):
     [span] = spans()
     assert (span.status.status_code, span.attributes["error.type"]) == (trace.StatusCode.ERROR, "ValueError")
     assert SECRET not in span.to_json()
+
+
+def test_a_request_that_was_ended_in_its_block_is_counted_once(provider):
+    with llm_request(model="gpt-4o", provider=provider) as request:
+        request.used(input_tokens=5)
+        request.end()
+    assert (requests(provider), tokens(provider)) == ([1, 0], [5, 0])
 
 
 def test_errors_begin_at_0(provider):
@@ -384,7 +391,7 @@ class Sync:
         stream = self.ask(stream=True, **arguments)
         if count is None:
             return list(stream)
-        with stream:
+        with stream as self.kept:  # a stream that is dropped ends, too
             return list(itertools.islice(stream, count))
 
     def drop(self, count, **arguments):
@@ -397,6 +404,7 @@ class Sync:
 
     def read_through_helper(self, count=None):
         with self.client.chat.completions.stream(model="gpt-4o", messages=MESSAGES) as stream:
+            self.kept = stream
             if count is None:
                 return stream.get_final_completion()
             return list(itertools.islice(stream, count))
@@ -431,7 +439,7 @@ class Async(Sync):
             stream = await self._ask(stream=True, **arguments)
             if count is None:
                 return [chunk async for chunk in stream]
-            async with stream:
+            async with stream as self.kept:
                 return [await anext(stream) for _ in range(count)]
 
         return self.run(read())
@@ -451,6 +459,7 @@ class Async(Sync):
     def read_through_helper(self, count=None):
         async def read():
             async with self.client.chat.completions.stream(model="gpt-4o", messages=MESSAGES) as stream:
+                self.kept = stream
                 if count is None:
                     return await stream.get_final_completion()
                 return [await anext(stream) for _ in range(count)]
@@ -680,7 +689,7 @@ def test_the_helpers_of_the_client_are_observed(caller, server, provider):
 def test_a_helper_that_is_left_early_ends_the_request(caller, server, provider):
     server.answers = [[chunk("my"), chunk("account"), WAIT]]
     caller.read_through_helper(1)
-    wait_until(lambda: requests(provider) == [1, 0])
+    assert requests(provider) == [1, 0]
 
 
 def test_embeddings(caller, server, provider, spans):

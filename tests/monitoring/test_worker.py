@@ -1,5 +1,6 @@
 """Worker: its port, its name, its log, its end."""
 
+import http.client
 import json
 import signal
 import socket
@@ -10,11 +11,13 @@ from contextlib import closing
 import pytest
 from django.core.management.base import CommandError
 from django.db import connection
+from django.db.migrations.recorder import MigrationRecorder
 from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from monitoring import logging, metrics
+from monitoring import logging, metrics, worker
 from monitoring.conf import monitoring_settings, service_name
+from monitoring.health import Readiness
 from monitoring.worker import Worker
 
 from .conftest import ROOT, answers, free_port, get, project_environment, sample, wait_until
@@ -34,6 +37,11 @@ def test_serves_metrics_and_health():
         assert get(f"{url}/health").json() == {"status": "healthy"}
         assert get(f"{url}/livez").json() == {"status": "alive"}
         assert get(f"{url}/admin").status == 404
+        # What only looks whether there is an answer.
+        with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=20)) as client:
+            client.request("HEAD", "/livez")
+            answer = client.getresponse()
+            assert (answer.status, answer.read()) == (200, b"")
     assert not answers(f"{url}/health")
 
 
@@ -47,6 +55,24 @@ def test_livez_is_503_without_ticks_and_200_again_after_one():
         assert get(f"http://127.0.0.1:{port}/health").status == 200
         worker.tick()
         assert get(url).status == 200
+
+
+@pytest.mark.django_db(transaction=True)
+def test_readyz_is_the_same_as_the_webs(monkeypatch):
+    monkeypatch.setattr(worker, "readiness", Readiness(fresh_seconds=0))
+    recorder = MigrationRecorder(connection)
+    last = ("contenttypes", "0002_remove_content_type_name")
+    port = free_port()
+    with Worker("relay", port):
+        url = f"http://127.0.0.1:{port}/readyz"
+        recorder.record_unapplied(*last)
+        try:
+            wait_until(lambda: "migrations are not applied" in get(url).text)
+            assert (get(url).status, get(url).json()["status"]) == (503, "unready")
+        finally:
+            recorder.record_applied(*last)
+        wait_until(lambda: get(url).status == 200)
+        assert get(url).json() == {"status": "ready"}
 
 
 def test_livez_is_503_when_one_of_several_loops_does_not_tick():

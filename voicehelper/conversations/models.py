@@ -14,13 +14,21 @@ class ConversationQuerySet(models.QuerySet["Conversation"]):
 
 
 class Conversation(models.Model):
-    """A thread of messages that a user opened. Everybody in the tenant may read it and write to it."""
+    """A thread of messages that a user opened. Everybody in the tenant may read it, write to it and end it.
+
+    It is active until it ends, once, as completed or failed; `ended_at` is None so long.
+    """
 
     class Mode(models.TextChoices):
         CHAT = "chat"
         AGENT = "agent"
         WORKFLOW = "workflow"
         VOICE = "voice"
+
+    class Status(models.TextChoices):
+        ACTIVE = "active"
+        COMPLETED = "completed"
+        FAILED = "failed"
 
     TITLE_MAX_CHARS = 200
 
@@ -30,15 +38,33 @@ class Conversation(models.Model):
     user = models.ForeignKey(settings.AUTH_USER_MODEL, on_delete=models.PROTECT, related_name="+")
     title = models.CharField(max_length=TITLE_MAX_CHARS)
     mode = models.CharField(max_length=20, choices=Mode.choices, default=Mode.CHAT)
+    # Also by the database, for the version before this one, which may still be running when it is migrated.
+    status = models.CharField(max_length=20, choices=Status.choices, default=Status.ACTIVE, db_default=Status.ACTIVE)
     message_count = models.PositiveIntegerField(default=0)
     created_at = models.DateTimeField(auto_now_add=True)
     updated_at = models.DateTimeField(auto_now=True)
+    ended_at = models.DateTimeField(null=True, blank=True)
 
     objects = ConversationQuerySet.as_manager()
 
     class Meta:
         ordering = ["-id"]
-        indexes = [models.Index(fields=["tenant", "-id"], name="conversation_newest_first")]
+        indexes = [
+            models.Index(fields=["tenant", "-id"], name="conversation_newest_first"),
+            # All that success_rate.py reads: it need not look at the rows.
+            models.Index(
+                fields=["ended_at", "tenant", "mode", "status"],
+                condition=models.Q(ended_at__isnull=False),
+                name="conversation_ended",
+            ),
+        ]
+        constraints = [
+            models.CheckConstraint(
+                condition=models.Q(status="active", ended_at__isnull=True)
+                | models.Q(status__in=["completed", "failed"], ended_at__isnull=False),
+                name="conversation_ended_at_its_end",
+            ),
+        ]
 
     def __str__(self) -> str:
         return self.title

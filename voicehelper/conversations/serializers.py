@@ -23,7 +23,7 @@ class ConversationSerializer(serializers.ModelSerializer[Conversation]):
 
     class Meta:
         model = Conversation
-        fields = ["id", "title", "mode", "user_id", "message_count", "created_at", "updated_at"]
+        fields = ["id", "title", "mode", "status", "user_id", "message_count", "created_at", "updated_at", "ended_at"]
 
 
 class MessageSerializer(serializers.ModelSerializer[Message]):

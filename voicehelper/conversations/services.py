@@ -3,16 +3,26 @@
 from uuid import UUID
 
 from django.db import transaction
+from django.utils import timezone
 
 from events_outbox import emit_event
 from voicehelper.identity.models import User
-from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload, MessageSentPayload
+from voicehelper.proto.conversation_pb2 import (
+    ConversationCompletedPayload,
+    ConversationCreatedPayload,
+    ConversationFailedPayload,
+    MessageSentPayload,
+)
 
-from .events import CONVERSATION_CREATED, MESSAGE_SENT
+from .events import CONVERSATION_COMPLETED, CONVERSATION_CREATED, CONVERSATION_FAILED, MESSAGE_SENT
 from .models import Conversation, Message
 
 # Names the producer within an event's metadata (specification, publishing example).
 METADATA = {"source": "conversation-service"}
+
+
+class ConversationEnded(Exception):
+    """The conversation has ended: it takes no message, and does not end again."""
 
 
 @transaction.atomic
@@ -36,13 +46,9 @@ def create_conversation(*, user: User, title: str, mode: str = Conversation.Mode
 def send_message(*, user: User, conversation_id: UUID, content: str, role: str = Message.Role.USER) -> Message:
     """Append a message to a conversation of the user's tenant and emit conversation.message.sent.
 
-    Raises Conversation.DoesNotExist when the tenant has no such conversation.
+    Raises Conversation.DoesNotExist when the tenant has no such conversation, ConversationEnded when it has ended.
     """
-    # The lock gives the messages of a conversation one order, and comes before the emit so that their events
-    # have the same one. NO KEY: the key stays, so rows that refer to the conversation need not wait.
-    conversation = (
-        Conversation.objects.for_tenant(user.own_tenant_id).select_for_update(no_key=True).get(id=conversation_id)
-    )
+    conversation = _lock_active(user, conversation_id)
     conversation.message_count += 1
     conversation.save(update_fields=["message_count", "updated_at"])
     message = Message.objects.create(
@@ -69,3 +75,61 @@ def send_message(*, user: User, conversation_id: UUID, content: str, role: str =
         metadata=METADATA,
     )
     return message
+
+
+@transaction.atomic
+def complete_conversation(*, user: User, conversation_id: UUID) -> Conversation:
+    """End a conversation that has done what it was opened for, and emit conversation.completed.
+
+    Raises Conversation.DoesNotExist when the tenant has no such conversation, ConversationEnded when it has ended.
+    """
+    conversation = _lock_active(user, conversation_id)
+    _end(conversation, Conversation.Status.COMPLETED)
+    emit_event(
+        CONVERSATION_COMPLETED,
+        ConversationCompletedPayload(
+            conversation_id=str(conversation.id), mode=conversation.mode, message_count=conversation.message_count
+        ),
+        aggregate_id=conversation.id,
+        tenant_id=conversation.tenant_id,
+        user_id=user.id,
+        metadata=METADATA,
+    )
+    return conversation
+
+
+@transaction.atomic
+def fail_conversation(*, user: User, conversation_id: UUID) -> Conversation:
+    """End a conversation that has not done what it was opened for, and emit conversation.failed.
+
+    Raises Conversation.DoesNotExist when the tenant has no such conversation, ConversationEnded when it has ended.
+    """
+    conversation = _lock_active(user, conversation_id)
+    _end(conversation, Conversation.Status.FAILED)
+    emit_event(
+        CONVERSATION_FAILED,
+        ConversationFailedPayload(
+            conversation_id=str(conversation.id), mode=conversation.mode, message_count=conversation.message_count
+        ),
+        aggregate_id=conversation.id,
+        tenant_id=conversation.tenant_id,
+        user_id=user.id,
+        metadata=METADATA,
+    )
+    return conversation
+
+
+def _lock_active(user: User, conversation_id: UUID) -> Conversation:
+    # The lock gives what happens in a conversation one order, and comes before the emit so that the events have the
+    # same one. NO KEY: the key stays, so rows that refer to the conversation need not wait.
+    conversation = (
+        Conversation.objects.for_tenant(user.own_tenant_id).select_for_update(no_key=True).get(id=conversation_id)
+    )
+    if conversation.status != Conversation.Status.ACTIVE:
+        raise ConversationEnded(f"conversation {conversation_id} is {conversation.status}")
+    return conversation
+
+
+def _end(conversation: Conversation, status: Conversation.Status) -> None:
+    conversation.status, conversation.ended_at = status, timezone.now()
+    conversation.save(update_fields=["status", "ended_at", "updated_at"])

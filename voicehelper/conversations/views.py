@@ -1,9 +1,14 @@
 """API of the conversation domain. What another tenant owns does not exist (404)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from uuid import UUID
+
 from django.db.models import QuerySet
 from django.http import Http404
 from django.shortcuts import get_object_or_404
 from rest_framework import generics, status
+from rest_framework.exceptions import APIException
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
@@ -13,7 +18,29 @@ from voicehelper.pagination import ByPosition
 
 from .models import Conversation, Message
 from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage
-from .services import create_conversation, send_message
+from .services import (
+    ConversationEnded,
+    complete_conversation,
+    create_conversation,
+    fail_conversation,
+    send_message,
+)
+
+
+class HasEnded(APIException):
+    status_code = status.HTTP_409_CONFLICT
+    default_detail = "The conversation has ended."
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what the services refuse into answers."""
+    try:
+        yield
+    except Conversation.DoesNotExist as error:
+        raise Http404("No such conversation.") from error
+    except ConversationEnded as error:
+        raise HasEnded from error
 
 
 class ConversationsView(generics.ListAPIView[Conversation]):
@@ -40,6 +67,24 @@ class ConversationView(generics.RetrieveAPIView[Conversation]):
         return Conversation.objects.for_tenant(member_of(self.request).own_tenant_id)
 
 
+class CompleteConversationView(APIView):
+    """POST that a conversation has done what it was opened for; 409 when it has ended."""
+
+    def post(self, request: Request, pk: UUID) -> Response:
+        with refusals():
+            conversation = complete_conversation(user=member_of(request), conversation_id=pk)
+        return Response(ConversationSerializer(conversation).data)
+
+
+class FailConversationView(APIView):
+    """POST that a conversation has ended without success; 409 when it has ended."""
+
+    def post(self, request: Request, pk: UUID) -> Response:
+        with refusals():
+            conversation = fail_conversation(user=member_of(request), conversation_id=pk)
+        return Response(ConversationSerializer(conversation).data)
+
+
 class ConversationMessagesView(generics.ListAPIView[Message]):
     """GET the messages of one conversation, in order."""
 
@@ -52,13 +97,11 @@ class ConversationMessagesView(generics.ListAPIView[Message]):
 
 
 class MessagesView(APIView):
-    """POST a message to a conversation."""
+    """POST a message to a conversation; 409 when it has ended."""
 
     def post(self, request: Request) -> Response:
         new = NewMessage(data=request.data)
         new.is_valid(raise_exception=True)
-        try:
+        with refusals():
             message = send_message(user=member_of(request), **new.validated_data)
-        except Conversation.DoesNotExist as error:
-            raise Http404("No such conversation.") from error
         return Response(MessageSerializer(message).data, status=status.HTTP_201_CREATED)

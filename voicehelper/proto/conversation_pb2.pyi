@@ -14,6 +14,26 @@ class ConversationCreatedPayload(_message.Message):
     mode: str
     def __init__(self, conversation_id: _Optional[str] = ..., title: _Optional[str] = ..., mode: _Optional[str] = ...) -> None: ...
 
+class ConversationCompletedPayload(_message.Message):
+    __slots__ = ("conversation_id", "mode", "message_count")
+    CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    conversation_id: str
+    mode: str
+    message_count: int
+    def __init__(self, conversation_id: _Optional[str] = ..., mode: _Optional[str] = ..., message_count: _Optional[int] = ...) -> None: ...
+
+class ConversationFailedPayload(_message.Message):
+    __slots__ = ("conversation_id", "mode", "message_count")
+    CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_COUNT_FIELD_NUMBER: _ClassVar[int]
+    conversation_id: str
+    mode: str
+    message_count: int
+    def __init__(self, conversation_id: _Optional[str] = ..., mode: _Optional[str] = ..., message_count: _Optional[int] = ...) -> None: ...
+
 class MessageSentPayload(_message.Message):
     __slots__ = ("conversation_id", "message_id", "role", "content", "mode", "content_length")
     CONVERSATION_ID_FIELD_NUMBER: _ClassVar[int]

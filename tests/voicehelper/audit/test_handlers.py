@@ -7,7 +7,7 @@ from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent
 from tests.voicehelper.conftest import consume
 from voicehelper.audit.event_handlers import record
 from voicehelper.audit.models import AuditEntry
-from voicehelper.conversations.services import create_conversation, send_message
+from voicehelper.conversations.services import complete_conversation, create_conversation, send_message
 from voicehelper.knowledge.events import DOCUMENT_UPLOADED
 from voicehelper.proto.document_pb2 import DocumentUploadedPayload
 
@@ -44,6 +44,14 @@ def test_every_event_is_recorded_whole(bob, emitted):
         "mode": "chat",
         "content_length": 2,
     }
+
+
+def test_the_end_of_a_conversation_is_recorded(bob):
+    conversation = create_conversation(user=bob, title="Roadmap")
+    complete_conversation(user=bob, conversation_id=conversation.id)
+    consume("audit")
+    entry = AuditEntry.objects.get(event_type="conversation.completed")
+    assert entry.payload == {"conversation_id": str(conversation.id), "mode": "chat", "message_count": 0}
 
 
 def test_a_batch_is_one_statement(alice, bob, emitted, django_assert_num_queries):

@@ -37,6 +37,7 @@ def test_create_and_read_a_conversation(api, alice, bob, emitted):
     assert answer.status_code == 201
     body = answer.json()
     assert (body["title"], body["mode"], body["message_count"]) == ("Roadmap", "workflow", 0)
+    assert (body["status"], body["ended_at"]) == ("active", None)
     assert body["user_id"] == str(bob.id)
     assert uuid.UUID(body["id"]).version == 7
     assert len(emitted("conversation.created")) == 1
@@ -198,6 +199,31 @@ def test_a_method_that_is_not_offered(api, bob, method, path):
     answer = getattr(api(bob), method)(path)
     assert_problem(answer, 405)
     assert answer["Allow"]
+
+
+@pytest.mark.parametrize(("action", "status"), [("complete", "completed"), ("fail", "failed")])
+def test_end_a_conversation(api, alice, bob, conversation, emitted, action, status):
+    assert api(bob).get(f"{CONVERSATIONS}/{conversation.id}").json()["ended_at"] is None
+    answer = api(alice).post(f"{CONVERSATIONS}/{conversation.id}/{action}")
+
+    assert (answer.status_code, answer.json()["status"]) == (200, status)
+    assert answer.json()["ended_at"] is not None
+    assert api(bob).get(f"{CONVERSATIONS}/{conversation.id}").json() == answer.json()
+    assert len(emitted(f"conversation.{status}")) == 1
+    for again in ("complete", "fail"):
+        assert_problem(api(bob).post(f"{CONVERSATIONS}/{conversation.id}/{again}"), 409)
+    new = {"conversation_id": conversation.id, "content": "One more thing"}
+    assert_problem(api(bob).post(MESSAGES, new, format="json"), 409)
+
+
+@pytest.mark.parametrize("action", ["complete", "fail"])
+def test_a_conversation_that_cannot_be_ended(api, bob, charlie, conversation, action):
+    assert_problem(api(charlie).post(f"{CONVERSATIONS}/{conversation.id}/{action}"), 404)
+    assert_problem(api(bob).post(f"{CONVERSATIONS}/{MISSING}/{action}"), 404)
+    assert_problem(api(bob).get(f"{CONVERSATIONS}/{conversation.id}/{action}"), 405)
+    assert_problem(APIClient(raise_request_exception=False).post(f"{CONVERSATIONS}/{conversation.id}/{action}"), 401)
+    conversation.refresh_from_db()
+    assert conversation.status == "active"
 
 
 @pytest.mark.parametrize("path", [CONVERSATIONS, f"{CONVERSATIONS}/{MISSING}", MESSAGES])

@@ -1,11 +1,19 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from django.db import connection, transaction
+from django.db import IntegrityError, connection, transaction
 
 from events_outbox.models import OutboxEvent
 from voicehelper.conversations.models import Conversation, Message
-from voicehelper.conversations.services import create_conversation, send_message
+from voicehelper.conversations.services import (
+    ConversationEnded,
+    complete_conversation,
+    create_conversation,
+    fail_conversation,
+    send_message,
+)
+
+ENDINGS = [("completed", complete_conversation), ("failed", fail_conversation)]
 
 
 def test_create_conversation_emits_the_fact(bob, emitted):
@@ -91,3 +99,76 @@ def test_concurrent_messages_are_counted_and_ordered_exactly(alice, bob, emitted
     # The events are in the order of the messages: the emit came under the lock.
     in_events = [event.payload.message_id for event in emitted("conversation.message.sent")]
     assert in_events == [str(message.id) for message in messages]
+
+
+@pytest.mark.parametrize(("status", "end"), ENDINGS)
+def test_ending_a_conversation_emits_the_fact(alice, bob, emitted, status, end):
+    conversation = create_conversation(user=bob, title="Roadmap", mode="voice")
+    send_message(user=bob, conversation_id=conversation.id, content="Hi")
+    updated_before = conversation.updated_at
+    ended = end(user=alice, conversation_id=conversation.id)
+
+    conversation.refresh_from_db()
+    assert (conversation.status, conversation.ended_at) == (status, ended.ended_at)
+    assert conversation.updated_at > updated_before
+    [event] = emitted(f"conversation.{status}")
+    assert event.aggregate_id == event.payload.conversation_id == str(conversation.id)
+    assert (event.tenant_id, event.user_id) == (str(alice.tenant_id), str(alice.id))
+    assert (event.payload.mode, event.payload.message_count) == ("voice", 1)
+    assert event.metadata == {"source": "conversation-service"}
+
+
+@pytest.mark.parametrize(("status", "end"), ENDINGS)
+def test_a_conversation_that_has_ended_takes_nothing_more(bob, emitted, status, end):
+    conversation = create_conversation(user=bob, title="Roadmap")
+    end(user=bob, conversation_id=conversation.id)
+    events_before = OutboxEvent.objects.count()
+
+    for _, again in ENDINGS:
+        with pytest.raises(ConversationEnded, match=status):
+            again(user=bob, conversation_id=conversation.id)
+    with pytest.raises(ConversationEnded):
+        send_message(user=bob, conversation_id=conversation.id, content="One more thing")
+
+    conversation.refresh_from_db()
+    assert (conversation.status, conversation.message_count) == (status, 0)
+    assert OutboxEvent.objects.count() == events_before
+
+
+@pytest.mark.parametrize(("status", "end"), ENDINGS)
+def test_a_conversation_of_another_tenant_cannot_be_ended(bob, charlie, status, end):
+    conversation = create_conversation(user=bob, title="Roadmap")
+    with pytest.raises(Conversation.DoesNotExist):
+        end(user=charlie, conversation_id=conversation.id)
+    conversation.refresh_from_db()
+    assert (conversation.status, conversation.ended_at) == ("active", None)
+
+
+@pytest.mark.parametrize("fields", [{"status": "failed"}, {"ended_at": "2026-03-01T00:00:00Z"}, {"status": "lost"}])
+def test_the_database_knows_when_a_conversation_has_ended(bob, fields):
+    conversation = create_conversation(user=bob, title="Roadmap")
+    with pytest.raises(IntegrityError), transaction.atomic():
+        Conversation.objects.filter(id=conversation.id).update(**fields)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_of_several_who_end_a_conversation_at_once_one_does(alice, bob, emitted):
+    conversation = create_conversation(user=bob, title="Roadmap")
+
+    def end(number: int) -> bool:
+        try:
+            ENDINGS[number % 2][1](user=(alice, bob)[number % 2], conversation_id=conversation.id)
+        except ConversationEnded:
+            return False
+        else:
+            return True
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(end, range(16))) == 1
+
+    conversation.refresh_from_db()
+    assert [len(emitted(f"conversation.{status}")) for status, _ in ENDINGS] == [
+        conversation.status == status for status, _ in ENDINGS
+    ]
