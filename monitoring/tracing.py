@@ -19,7 +19,6 @@ OTEL_BSP_*, further OTEL_RESOURCE_ATTRIBUTES, OTEL_PROPAGATORS, and OTEL_SDK_DIS
 whatever the setting says. A value that means nothing raises ImproperlyConfigured at the start of the process.
 """  # noqa: E501  (a table)
 
-import os
 import re
 import ssl
 from collections.abc import Callable, Mapping
@@ -41,13 +40,11 @@ from monitoring.conf import SAMPLING_MODES, monitoring_settings, service_name
 from monitoring.middleware import MonitoringMiddleware
 from monitoring.sampling import FailedTraces, ShareSampler, is_sampled
 from monitoring.span_queue import SpanQueue
-from monitoring.spans import answered_well, without_messages
+from monitoring.spans import without_messages
 
 _DEFAULT_ENDPOINT = "localhost:4317"
 _HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
 _HEADER_VALUE = re.compile(r"[ -~]*")
-# The probes and the scraper come every few seconds: their traces would drown the others.
-_UNTRACED_URLS = r"^https?://[^/]+/(health|livez|readyz|metrics)\b"
 _SAMPLERS = {  # the share of new traces; whether a caller's decision is followed
     "always_on": (1.0, False),
     "always_off": (0.0, False),
@@ -222,7 +219,8 @@ def _share(given: float | None, environment: str) -> tuple[float, bool]:
 def init_tracing(config: TracingConfig) -> Callable[[], None]:
     """Start tracing in this process; the returned callable stops it, sending the last spans within FLUSH_SECONDS.
 
-    May be called before a fork: each process makes its own thread and connection with its first span. OpenTelemetry
+    May be called before a fork: each process makes its own thread and connection with its first span (gRPC's part in
+    that is on by default; GRPC_ENABLE_FORK_SUPPORT=false would hang a child whose parent has sent). OpenTelemetry
     allows one provider a process: where there is one already, nothing is started and the returned callable does
     nothing. When not enabled, nothing is exported, but spans still have ids. This is the specification's InitTracing;
     W3C trace context and baggage are what OpenTelemetry propagates by itself, unless OTEL_PROPAGATORS is set.
@@ -265,18 +263,15 @@ def _sampler(config: TracingConfig) -> ShareSampler:
 
 
 def _queue(config: TracingConfig) -> SpanQueue:
-    # Forking with a connection open hangs the child in gRPC, unless this is set before its first import.
-    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "true")
     # Imported here: gRPC takes long to import, and commands that do not export should not wait for it.
     from opentelemetry.exporter.otlp.proto.grpc import trace_exporter  # noqa: F401
 
-    def prepare(span: ReadableSpan) -> ReadableSpan:
-        span = answered_well(span)
-        return span if config.exception_messages else without_messages(span)
+    def unchanged(span: ReadableSpan) -> ReadableSpan:
+        return span
 
     return SpanQueue(
         lambda: _exporter(config),
-        prepare,
+        unchanged if config.exception_messages else without_messages,
         size=config.queue_size,
         batch_size=config.batch_size,
         delay_seconds=config.delay_seconds,
@@ -338,24 +333,18 @@ def trace_done(make: Callable[[Context | None], None]) -> None:
 
 
 def instrument_requests() -> None:
-    """Open a span for each request, probes and scrapes excepted; call before the request handler is built."""
-    # The stable HTTP conventions, unless the user has chosen; read once, when the first instrumentation starts.
-    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
-    from opentelemetry.instrumentation.django import DjangoInstrumentor
+    """Open a span for each request, probes and scrapes excepted; call before the request handler is built.
 
-    from monitoring.request_spans import request_ended, request_started
+    Nothing is done where OpenTelemetry's own instrumentation of Django is in place already.
+    """
+    from monitoring.request_spans import RequestSpans
 
-    instrumentor = DjangoInstrumentor()
-    if instrumentor.is_instrumented_by_opentelemetry:
+    middleware = list(settings.MIDDLEWARE)
+    ours = f"{RequestSpans.__module__}.{RequestSpans.__qualname__}"
+    if ours in middleware or any(name.startswith("opentelemetry.") for name in middleware):
         return
     monitoring_middleware = f"{MonitoringMiddleware.__module__}.{MonitoringMiddleware.__qualname__}"
-    middleware = list(settings.MIDDLEWARE)
-    # Just inside MonitoringMiddleware, so that requests which this instrumentation itself refuses (those with
-    # a bad Host) are counted too; the hook hands the ids out to it.
+    # Just inside MonitoringMiddleware, which is told the ids.
     position = middleware.index(monitoring_middleware) + 1 if monitoring_middleware in middleware else 0
-    instrumentor.instrument(
-        middleware_position=position,
-        request_hook=request_started,
-        response_hook=request_ended,
-        excluded_urls=_UNTRACED_URLS,
-    )
+    middleware.insert(position, ours)
+    settings.MIDDLEWARE = middleware

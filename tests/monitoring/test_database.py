@@ -263,4 +263,6 @@ def test_a_failed_query_is_a_failed_span_without_the_row(spans):
 @pytest.mark.django_db
 def test_no_trace_begins_with_a_query(spans):
     assert ContentType.objects.exists() is not None
+    with pytest.raises(DatabaseError), transaction.atomic():
+        execute("SELECT nonsense")
     assert spans.get_finished_spans() == ()
