@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from opentelemetry.sdk.trace import Event, ReadableSpan
-from opentelemetry.trace import SpanContext, Status, TraceFlags
+from opentelemetry.trace import SpanContext, SpanKind, Status, StatusCode, TraceFlags
 
 _FRAME = re.compile(r'[ |]*File ".*", line \d+, in \S+$')
 _CHAINING = (
@@ -63,6 +63,18 @@ def as_sampled(span: ReadableSpan) -> ReadableSpan:
 def with_sampled_flag(ids: SpanContext) -> SpanContext:
     flags = TraceFlags(ids.trace_flags | TraceFlags.SAMPLED)
     return SpanContext(ids.trace_id, ids.span_id, ids.is_remote, flags, ids.trace_state)
+
+
+def answered_well(span: ReadableSpan) -> ReadableSpan:
+    """The span of a request answered 4xx without the error that the instrumentation sees in Django's Http404.
+
+    The conventions: the client's mistakes are not errors of the server.
+    """
+    if span.status.status_code is StatusCode.ERROR and span.kind is SpanKind.SERVER and span.attributes:
+        answered = span.attributes.get("http.response.status_code")
+        if isinstance(answered, int) and 400 <= answered < 500:
+            return _Changed(span, status=Status(StatusCode.UNSET))
+    return span
 
 
 def without_messages(span: ReadableSpan) -> ReadableSpan:

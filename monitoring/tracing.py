@@ -40,11 +40,13 @@ from monitoring.conf import SAMPLING_MODES, monitoring_settings, service_name
 from monitoring.middleware import MonitoringMiddleware
 from monitoring.sampling import FailedTraces, ShareSampler, is_sampled
 from monitoring.span_queue import SpanQueue
-from monitoring.spans import without_messages
+from monitoring.spans import answered_well, without_messages
 
 _DEFAULT_ENDPOINT = "localhost:4317"
 _HEADER_NAME = re.compile(r"[0-9a-z_.-]+")
 _HEADER_VALUE = re.compile(r"[ -~]*")
+# The probes and the scraper come every few seconds: their traces would drown the others.
+_UNTRACED_URLS = r"^https?://[^/]+/(health|livez|readyz|metrics)\b"
 _SAMPLERS = {  # the share of new traces; whether a caller's decision is followed
     "always_on": (1.0, False),
     "always_off": (0.0, False),
@@ -266,12 +268,13 @@ def _queue(config: TracingConfig) -> SpanQueue:
     # Imported here: gRPC takes long to import, and commands that do not export should not wait for it.
     from opentelemetry.exporter.otlp.proto.grpc import trace_exporter  # noqa: F401
 
-    def unchanged(span: ReadableSpan) -> ReadableSpan:
-        return span
+    def prepare(span: ReadableSpan) -> ReadableSpan:
+        span = answered_well(span)
+        return span if config.exception_messages else without_messages(span)
 
     return SpanQueue(
         lambda: _exporter(config),
-        unchanged if config.exception_messages else without_messages,
+        prepare,
         size=config.queue_size,
         batch_size=config.batch_size,
         delay_seconds=config.delay_seconds,
@@ -333,18 +336,24 @@ def trace_done(make: Callable[[Context | None], None]) -> None:
 
 
 def instrument_requests() -> None:
-    """Open a span for each request, probes and scrapes excepted; call before the request handler is built.
+    """Open a span for each request, probes and scrapes excepted; call before the request handler is built."""
+    # The stable HTTP conventions, unless the user has chosen; read once, when the first instrumentation starts.
+    os.environ.setdefault("OTEL_SEMCONV_STABILITY_OPT_IN", "http")
+    from opentelemetry.instrumentation.django import DjangoInstrumentor
 
-    Nothing is done where OpenTelemetry's own instrumentation of Django is in place already.
-    """
-    from monitoring.request_spans import RequestSpans
+    from monitoring.request_spans import request_ended, request_started
 
-    middleware = list(settings.MIDDLEWARE)
-    ours = f"{RequestSpans.__module__}.{RequestSpans.__qualname__}"
-    if ours in middleware or any(name.startswith("opentelemetry.") for name in middleware):
+    instrumentor = DjangoInstrumentor()
+    if instrumentor.is_instrumented_by_opentelemetry:
         return
     monitoring_middleware = f"{MonitoringMiddleware.__module__}.{MonitoringMiddleware.__qualname__}"
-    # Just inside MonitoringMiddleware, which is told the ids.
+    middleware = list(settings.MIDDLEWARE)
+    # Just inside MonitoringMiddleware, so that requests which this instrumentation itself refuses (those with
+    # a bad Host) are counted too; the hook hands the ids out to it.
     position = middleware.index(monitoring_middleware) + 1 if monitoring_middleware in middleware else 0
-    middleware.insert(position, ours)
-    settings.MIDDLEWARE = middleware
+    instrumentor.instrument(
+        middleware_position=position,
+        request_hook=request_started,
+        response_hook=request_ended,
+        excluded_urls=_UNTRACED_URLS,
+    )

@@ -126,7 +126,7 @@ def test_a_sampled_caller_is_followed_unless_told_otherwise():
     ("kind", "status", "answered", "kept"),
     [
         (SpanKind.SERVER, StatusCode.UNSET, 503, True),
-        (SpanKind.SERVER, StatusCode.ERROR, 404, False),  # as OpenTelemetry's instrumentation sees Django's Http404
+        (SpanKind.SERVER, StatusCode.ERROR, 404, False),  # Django's Http404, as the instrumentation sees it
         (SpanKind.SERVER, StatusCode.ERROR, 200, True),  # said by the application, as of a stream that broke
         (SpanKind.SERVER, StatusCode.UNSET, 200, False),
         (SpanKind.CLIENT, StatusCode.ERROR, 404, True),

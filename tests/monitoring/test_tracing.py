@@ -233,84 +233,10 @@ def test_a_query_is_told_without_its_values_under_asgi_too(receiver):
     assert "hush" not in str(receiver.spans)
 
 
-CANCELLED = """
-import asyncio, django
-django.setup()
-from django.test import AsyncClient
-from monitoring.tracing import init_tracing, tracing_config
-from tests.monitoring.project.urls import waiting
-stop = init_tracing(tracing_config())
-async def main():
-    request = asyncio.create_task(AsyncClient(raise_request_exception=False).get("/wait-for-ever"))
-    while not waiting:
-        await asyncio.sleep(0.01)
-    request.cancel()
-    await asyncio.wait([request])
-    await AsyncClient(raise_request_exception=False).get("/fail")
-asyncio.run(main())
-stop()
-"""
-
-
-def test_the_span_of_a_request_whose_client_has_gone_ends_well(receiver):
-    spans = exported(receiver, CANCELLED)
-    gone, failed = spans["GET"], spans["GET /fail"]
-    assert gone.status.code == gone.status.STATUS_CODE_UNSET
-    assert gone.trace_id != failed.trace_id
-    assert (failed.status.message, [event.name for event in failed.events]) == ("RuntimeError", ["exception"])
-
-
-OTHERS = """
-import django
-from django.conf import settings
-django.setup()
-settings.MIDDLEWARE = [*settings.MIDDLEWARE, "tests.monitoring.test_tracing.FailingMiddleware"]
-from django.test import Client
-from opentelemetry import trace
-from monitoring.tracing import init_tracing, tracing_config
-stop = init_tracing(tracing_config())
-client = Client(raise_request_exception=False)
-client.get("/x")
-with trace.get_tracer("server").start_as_current_span("server"):
-    client.generic("FROB", "/x", headers={"traceparent": "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"})
-stop()
-"""
-
-
-class FailingMiddleware:
-    def __init__(self, get_response):
-        pass
-
-    def __call__(self, request):
-        raise LookupError("in a middleware")
-
-
-def test_failures_of_middleware_odd_methods_and_requests_inside_other_spans(receiver):
-    spans = exported(receiver, OTHERS)
-    assert spans["GET"].status.message == "LookupError"
-    assert attributes_of(spans["GET"])["error.type"] == "500"
-    inner, outer = spans["HTTP"], spans["server"]
-    assert (inner.parent_span_id, inner.kind) == (outer.span_id, inner.SPAN_KIND_INTERNAL)
-    assert (
-        attributes_of(inner).items()
-        >= {
-            "http.request.method": "_OTHER",
-            "http.request.method_original": "FROB",
-        }.items()
-    )
-
-
-def test_opentelemetrys_own_instrumentation_is_left_alone():
-    code = """
-from opentelemetry.instrumentation.django import DjangoInstrumentor
-DjangoInstrumentor().instrument()
-import django
-django.setup()
-from django.conf import settings
-print([name for name in settings.MIDDLEWARE if "opentelemetry" in name or "spans" in name])
-"""
-    done = run_python(code)
-    assert done.stdout == "['opentelemetry.instrumentation.django.middleware.otel_middleware._DjangoMiddleware']\n"
+def test_conventions_before_the_stable_ones_are_the_users_choice(receiver):
+    span = exported(receiver, ASYNC_REQUEST, OTEL_SEMCONV_STABILITY_OPT_IN="http/dup")["GET /async"]
+    assert attributes_of(span).items() >= {"http.method": "GET", "http.request.method": "GET"}.items()
+    assert "hush" not in str(receiver.spans)
 
 
 SPANS = """

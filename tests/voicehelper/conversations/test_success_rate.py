@@ -57,6 +57,7 @@ def test_the_largest_tenants_have_series(bob, charlie, monkeypatch):
     assert rates() == {("chat", str(charlie.tenant_id)): 1.0}
 
 
+@pytest.mark.django_db(transaction=True)
 def test_a_scrape_has_it(bob):
     end(bob, "chat", completed=1, failed=1)
     text = Client().get("/metrics").content.decode()
