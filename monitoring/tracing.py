@@ -19,6 +19,7 @@ OTEL_BSP_*, further OTEL_RESOURCE_ATTRIBUTES, OTEL_PROPAGATORS, and OTEL_SDK_DIS
 whatever the setting says. A value that means nothing raises ImproperlyConfigured at the start of the process.
 """  # noqa: E501  (a table)
 
+import os
 import re
 import ssl
 from collections.abc import Callable, Mapping
