@@ -1,15 +1,18 @@
-"""The examples of docs/handlers.md, run for real: an app is made of them, and its tests are run here."""
+"""The documents: the examples of docs/handlers.md run for real, names and links lead to what there is."""
 
 import importlib
+import pkgutil
 import re
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from django.db import connection
 
 from events_outbox import catalog, handlers
+from monitoring.conf import MonitoringSettings
 
 GUIDE = Path(__file__).parent.parent / "docs" / "handlers.md"
 BLOCK = re.compile(r"^```(?:python|proto)\n(?:#|//) (shop/\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -95,3 +98,45 @@ def test_the_guides_own_tests(shop, request, name):
     test = getattr(shop, name)
     parameters = test.__code__.co_varnames[: test.__code__.co_argcount]
     test(**{parameter: request.getfixturevalue(parameter) for parameter in parameters})
+
+
+MONITORING_GUIDE = GUIDE.parent / "monitoring.md"
+IMPORT = re.compile(r"^from (monitoring[\w.]*) import (.+)$", re.MULTILINE)
+NAMED = re.compile(r"`(monitoring(?:\.\w+)+)(?:\(\))?`")
+
+
+@pytest.mark.parametrize("module,names", IMPORT.findall(MONITORING_GUIDE.read_text()))
+def test_the_monitoring_guide_imports_what_there_is(module, names):
+    for name in names.split(","):
+        assert hasattr(importlib.import_module(module), name.strip())
+
+
+@pytest.mark.parametrize("path", sorted(set(NAMED.findall(MONITORING_GUIDE.read_text()))))
+def test_the_monitoring_guide_names_what_there_is(path):
+    try:
+        pkgutil.resolve_name(path)
+    except AttributeError:
+        importlib.import_module(path)
+
+
+def test_the_monitoring_guide_has_every_setting():
+    text = MONITORING_GUIDE.read_text() + (GUIDE.parent.parent / "README.md").read_text()
+    missing = [one.name.upper() for one in fields(MonitoringSettings) if f"`{one.name.upper()}`" not in text]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/handlers.md", "docs/monitoring.md", "docs/runbook.md", "docs/benchmarks.md"]
+)
+def test_links_lead_somewhere(document):
+    root = GUIDE.parent.parent
+    file = root / document
+    for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (file.parent / path) if path else file
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}, target
