@@ -3,6 +3,7 @@
 compose-spec.json is schema/compose-spec.json of github.com/compose-spec/compose-go v2.16.2 (Apache-2.0).
 """
 
+import argparse
 import json
 import re
 import subprocess
@@ -15,6 +16,7 @@ from django.conf import settings
 from django.core.management import get_commands, load_command_class
 
 from events_outbox.handlers import consumer_named
+from monitoring import healthcheck
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -27,6 +29,18 @@ LOOPBACK = re.compile(r"\$\{(WEB|MONITORING)_ADDRESS:-127\.0\.0\.1\}:(\d+):(\d+)
 PROMETHEUS = yaml.safe_load((OPS / "prometheus.yml").read_text())
 
 each_service = pytest.mark.parametrize("name", sorted(SERVICES))
+
+
+def probed(name):
+    """What a container of ours asks itself."""
+    kind, program, option, module, *arguments = SERVICES[name]["healthcheck"]["test"]
+    assert (kind, program, option, module) == ("CMD", "python", "-m", healthcheck.__name__)
+    parser = argparse.ArgumentParser()
+    healthcheck.add_arguments(parser)
+    options = vars(parser.parse_args(arguments))
+    # It gives up before its container does.
+    assert options["timeout"] < float(SERVICES[name]["healthcheck"]["timeout"].removesuffix("s"))
+    return healthcheck.address(options)
 
 
 def command_line(name):
@@ -64,6 +78,14 @@ def test_image_made_here_is_of_pinned_ones_and_named_after_them():
     assert re.fullmatch(r"busybox:\d+\.\d+\.\d+-musl", probe)  # linked statically: it runs in an empty image
     assert base.rpartition(":")[2] == made["image"].rpartition(":")[2]
     assert f" {made['healthcheck']['test'][1]}\n" in made["build"]["dockerfile_inline"]
+
+
+def test_collector_is_asked_where_it_answers():
+    for file in OPS.glob("otel-collector*.yaml"):
+        [reader] = yaml.safe_load(file.read_text())["service"]["telemetry"]["metrics"]["readers"]
+        port = reader["pull"]["exporter"]["prometheus"]["port"]
+        assert SERVICES["otel-collector"]["healthcheck"]["test"][-1] == f"http://127.0.0.1:{port}/metrics"
+        assert scraped()["otel-collector"]["static_configs"][0]["targets"] == [f"otel-collector:{port}"]
 
 
 @each_service
@@ -144,7 +166,7 @@ def test_consumer_is_one_and_is_probed_and_scraped_on_its_port(consumer, port):
     name = f"consumer-{consumer}"
     assert consumer_named(consumer).name == consumer
     assert f"consume {consumer} --metrics-port {port}" in command_line(name)
-    assert f"127.0.0.1:{port}/livez" in SERVICES[name]["healthcheck"]["test"][-1]
+    assert probed(name) == f"http://127.0.0.1:{port}/livez"
     assert f"{name}:{port}" in scraped()["consumer"]["static_configs"][0]["targets"]
 
 
@@ -162,7 +184,8 @@ def test_prometheus_scrapes_as_specified():
     [web] = scraped()["web"]["static_configs"][0]["targets"]
     host, port = web.split(":")
     assert host in SERVICES["web"]["environment"]["DJANGO_ALLOWED_HOSTS"].split(",")
-    assert f"127.0.0.1:{port}/readyz" in SERVICES["web"]["healthcheck"]["test"][-1]
+    assert probed("web") == f"http://127.0.0.1:{port}/readyz"
+    assert probed("relay") == "http://127.0.0.1:9101/livez"
 
 
 def test_spans_go_through_the_collector_to_jaeger():
