@@ -52,7 +52,7 @@ _MILLISECONDS = tuple(f".{number:03d}Z" for number in range(1000))
 _second_and_text = (0, "1970-01-01T00:00:00")
 
 
-def _time(record: logging.LogRecord) -> str:
+def time_text(record: logging.LogRecord) -> str:
     """RFC 3339 in UTC with milliseconds."""
     global _second_and_text
     created = record.created
@@ -121,7 +121,7 @@ def _exception(record: logging.LogRecord) -> str:
 def line_fields(record: logging.LogRecord) -> dict[str, Any]:
     """Return the line's fields in their order, values fit for JSON and without secrets. Raises nothing."""
     line: dict[str, Any] = {
-        "time": _time(record),
+        "time": time_text(record),
         "level": str(record.levelname),
         "logger": str(record.name),
         "event": redacted_text(_event(record)),
@@ -233,7 +233,7 @@ def _short_way(record: logging.LogRecord) -> str:
         ids += start + _quoted(value)
     text = ids + "".join(fields)
     line = (
-        f'{{"time":"{_time(record)}","level":{_quoted(record.levelname)},"logger":{_quoted(record.name)}'
+        f'{{"time":"{time_text(record)}","level":{_quoted(record.levelname)},"logger":{_quoted(record.name)}'
         f',"event":{_quoted(event)},"message":{_quoted(message)},"service":{_quoted(service_name())}{text}}}'
     )
     # Whatever `redacted_text()` may hide has one of these in it. Ids and paths have none, nor JSON itself.
@@ -257,7 +257,8 @@ class JsonLineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         try:
-            line = _short_way(record)
+            # Some records are partly made beforehand (`monitoring.access_log`).
+            line = record.json_line() if hasattr(record, "json_line") else _short_way(record)
         except Exception:  # the long way looks closer
             line = ""
         return line or self._carefully(record)

@@ -9,10 +9,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -51,6 +52,9 @@ class Scale:
     consumed_waiting: int = 6_000
     redelivered_events: int = 1_000_000
     processed_rows: int = 10_000_000
+    recordings: int = 100_000
+    requests: int = 5_000
+    series: int = 10_000
 
 
 FULL = Scale()
@@ -72,6 +76,9 @@ QUICK = Scale(
     consumed_waiting=300,
     redelivered_events=6_000,
     processed_rows=20_000,
+    recordings=5_000,
+    requests=200,
+    series=1_000,
 )
 
 
@@ -98,7 +105,14 @@ class Bench:
 
     # Processes
 
-    def call(self, job: Callable[..., Any], *, url: str | None = None, **arguments: Any) -> Any:
+    def call(
+        self,
+        job: Callable[..., Any],
+        *,
+        url: str | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
+        **arguments: Any,
+    ) -> Any:
         """Run a function of a part in a fresh process, on the database at `url`, and return what it returned."""
         name = f"{job.__module__}:{job.__qualname__}"
         log_path = self.services.data_dir / f"job.{threading.get_ident()}.log"  # jobs may run beside each other
@@ -106,7 +120,7 @@ class Bench:
             result = subprocess.run(
                 [sys.executable, "-m", "tests.benchmarks.job", name, json.dumps(arguments)],
                 cwd=BASE_DIR,
-                env=self._environment(url),
+                env={**self._environment(url), **environment},
                 stdout=subprocess.PIPE,
                 stderr=log,
             )

@@ -23,6 +23,7 @@ def forget_values(monkeypatch):
     monkeypatch.setattr(labels, "_seen", {})
 
 
+@pytest.mark.django_db  # a request's end looks at the connections
 @pytest.mark.urls("tests.monitoring.project.urls")
 def test_flood_of_odd_requests(settings):
     settings.MIDDLEWARE = ["monitoring.middleware.MonitoringMiddleware", "django.middleware.common.CommonMiddleware"]

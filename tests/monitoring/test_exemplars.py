@@ -1,6 +1,7 @@
 """Exemplars lead from a bucket to a sampled trace, where OpenMetrics is asked for."""
 
 import json
+import subprocess
 
 import pytest
 from opentelemetry import trace
@@ -10,7 +11,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from monitoring import metrics
 from monitoring.exemplars import observe
 
-from .conftest import run_python
+from .conftest import answers, free_port, get, run_python, running_gunicorn, wait_until
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
 TRACE_ID, SPAN_ID = 0x0AF7651916CD43DD8448EB211C80319C, 0xB7AD6B7169203331
@@ -70,3 +71,26 @@ def test_process_that_answers_for_all_adds_its_own(tmp_path):
     ids = {"trace_id": "0af7651916cd43dd8448eb211c80319c", "span_id": "b7ad6b7169203331"}
     assert json.loads(found) == {"0.01": [ids, 0.007]}
     assert count == 'count milvus_search_duration_seconds_count{collection="shared"} 2.0'
+
+
+@pytest.mark.needs_tool("prometheus")
+def test_prometheus_finds_the_trace_of_a_request(tmp_path):
+    trace_id, port = "1af7651916cd43dd8448eb211c80319c", free_port()
+    with running_gunicorn(tmp_path, WEB_CONCURRENCY="1") as server:
+        config = tmp_path / "prometheus.yml"
+        config.write_text(f"""
+global: {{scrape_interval: 1s, scrape_timeout: 1s}}
+scrape_configs: [{{job_name: web, static_configs: [{{targets: ["{server.url.removeprefix("http://")}"]}}]}}]
+""")
+        command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'tsdb'}"]
+        command += [f"--web.listen-address=127.0.0.1:{port}", "--enable-feature=exemplar-storage", "--log.level=error"]
+        with subprocess.Popen(command) as prometheus:
+            try:
+                get(server.url, traceparent=f"00-{trace_id}-b7ad6b7169203331-01")
+                query = "query=http_request_duration_seconds_bucket&start=0&end=9999999999"
+                url = f"http://127.0.0.1:{port}/api/v1/query_exemplars?{query}"
+                found = wait_until(lambda: answers(url) and get(url).json()["data"])
+            finally:
+                prometheus.kill()
+    assert {one["seriesLabels"]["path"] for one in found} == {"/"}
+    assert {one["labels"]["trace_id"] for series in found for one in series["exemplars"]} == {trace_id}

@@ -187,8 +187,10 @@ class Odd(Collector):
         gauge = GaugeMetricFamily("test_gauges", "Values", labels=["a"])
         for number, value in enumerate([0, -1, True, 1e6, 123456789.5, 1e21, 0.1, math.inf, -math.inf, math.nan]):
             gauge.add_metric([f'{number}\\"\n'], value)
-        gauge.add_metric(["timestamp"], 1, timestamp=1_790_000_000.5)
         yield gauge
+        timed = GaugeMetricFamily("test_timed", "With its time", labels=["a"])
+        timed.add_metric(["timestamp"], 1, timestamp=1_790_000_000.5)
+        yield timed
         counter = CounterMetricFamily("test_born", "Born", labels=["a"])
         counter.add_metric(["a"], 1, created=1_790_000_000.5)
         yield counter
@@ -284,6 +286,57 @@ def test_processes_that_share_files_forget_series_and_keep_what_the_dead_have_co
     assert 'consumer_lag_events{consumer="c",partition="1",topic="t"} 7.0' in text
     assert 'partition="0"' not in text
     assert len(list(tmp_path.glob("counter_*.db"))) == 2  # one of the living, one of all dead
+
+
+MERGING = """
+import fcntl, os, threading
+import django
+django.setup()
+from pathlib import Path
+from monitoring import metrics, shared_files
+with (Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]) / "lock").open("a") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as a process does that puts the files of the dead together
+    scrape = threading.Thread(target=metrics.exposition)
+    scrape.start()
+    scrape.join(0.3)
+    waited = scrape.is_alive()
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    scrape.join(10)
+    print(waited, scrape.is_alive())
+"""
+
+
+def test_scrape_reads_no_files_that_are_being_put_together(tmp_path):
+    done = run_python(MERGING, PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    assert done.stdout == "True False\n", done.stderr
+
+
+GAUGES = """
+import os, subprocess, sys
+import django
+django.setup()
+from prometheus_client import Gauge
+from monitoring import metrics, shared_files
+modes = ("all", "liveall", "sum", "livesum", "min", "max", "mostrecent")
+gauges = {mode: Gauge(f"test_{mode}", "Gauge", multiprocess_mode=mode) for mode in modes}
+for gauge in gauges.values():
+    gauge.set(int(sys.argv[1])) if gauge is not gauges["mostrecent"] else gauge.set_to_current_time()
+if sys.argv[1] == "5":
+    for value in ("3", "7", "4"):
+        child = subprocess.Popen([sys.executable, "-c", os.environ["GAUGES"], value])
+        assert child.wait() == 0
+        shared_files.bury(child.pid)
+    print(metrics.exposition()[0].decode())
+"""
+
+
+def test_gauges_of_the_dead(tmp_path):
+    """What is a sum, an extreme or the last of all is so also of the dead; what a process has is gone with it."""
+    code = f"import sys; sys.argv.append('5')\n{GAUGES}"
+    done = run_python(code, PROMETHEUS_MULTIPROC_DIR=str(tmp_path), GAUGES=GAUGES)
+    values = {mode: sample(done.stdout, f"test_{mode}") for mode in ("all", "liveall", "livesum", "sum", "min", "max")}
+    assert values == {"all": 5, "liveall": 5, "livesum": 5, "sum": 5 + 3 + 7 + 4, "min": 3, "max": 7}, done.stderr
+    assert sample(done.stdout, "test_mostrecent") > 1e9
 
 
 def test_a_forgotten_series_is_gone():

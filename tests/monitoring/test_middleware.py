@@ -15,6 +15,8 @@ from django.http import FileResponse, HttpResponse, StreamingHttpResponse
 from django.test import AsyncClient, Client, RequestFactory
 from django.urls import include, path, re_path
 from opentelemetry import trace
+from opentelemetry.context import attach
+from opentelemetry.trace import NonRecordingSpan, SpanContext
 from prometheus_client import REGISTRY
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
@@ -51,7 +53,15 @@ def _ok(request, **_):
     return HttpResponse("ok")
 
 
+def _torn(request):
+    """As a request that is torn out of its span: it stays the current one."""
+    ids = SpanContext(1, 1, is_remote=False)
+    attach(trace.set_span_in_context(NonRecordingSpan(ids)))
+    return HttpResponse("ok")
+
+
 urlpatterns = [
+    path("torn", _torn),
     *urls.urlpatterns,
     path("stream-fails", lambda request: StreamingHttpResponse(_failing())),
     path("stream-async-fails", lambda request: StreamingHttpResponse(_failing_async())),
@@ -257,6 +267,12 @@ def test_incoming_trace_is_continued(client):
     assert response.json() == {"trace_id": trace_id, "correlation_id": trace_id}
 
 
+def test_request_leaves_no_span_behind(client, settings):
+    settings.MIDDLEWARE = ["monitoring.middleware.MonitoringMiddleware"]
+    assert client.get("/torn").status_code == 200
+    assert not trace.get_current_span().get_span_context().is_valid
+
+
 def test_context_is_empty_after_a_request(client):
     client.get("/", headers={"X-Correlation-ID": "a"})
     assert (context.correlation_id.get(), context.tenant_id.get(), context.event_id.get()) == ("", "", "")
@@ -346,7 +362,9 @@ def asgi_request(path, *, until=lambda sent: False, fails_to_send=False):
     return sent
 
 
-def test_async_request_whose_client_has_gone_is_no_server_error():
+@pytest.mark.parametrize("others", [[], ["whitenoise.middleware.WhiteNoiseMiddleware"]])  # which knows no async
+def test_async_request_whose_client_has_gone_is_no_server_error(settings, others):
+    settings.MIDDLEWARE = ["monitoring.middleware.MonitoringMiddleware", *others]
     urls.waiting.clear()
     before = counted("http_requests_total", path="/wait-for-ever", status="499")
     assert asgi_request("/wait-for-ever", until=lambda sent: urls.waiting) == []
@@ -368,7 +386,9 @@ def test_async_request_whose_client_has_gone_is_no_server_error():
 )
 @pytest.mark.filterwarnings("ignore:StreamingHttpResponse must consume synchronous iterators")
 @pytest.mark.filterwarnings("ignore:.*SpooledTemporaryFile")  # Django leaves the body of a request that fails open
-def test_asgi_stream_is_counted_once_however_it_ends(path, status, options):
+@pytest.mark.parametrize("others", [[], ["whitenoise.middleware.WhiteNoiseMiddleware"]])
+def test_asgi_stream_is_counted_once_however_it_ends(settings, path, status, options, others):
+    settings.MIDDLEWARE = ["monitoring.middleware.MonitoringMiddleware", *others]
     all_before, before = (
         counted("http_requests_total", path=path),
         counted("http_requests_total", path=path, status=status),
@@ -382,7 +402,9 @@ def test_asgi_stream_is_counted_once_however_it_ends(path, status, options):
 
 @pytest.mark.django_db
 @pytest.mark.parametrize("path", ["/health", "/livez", "/readyz", "/metrics"])
-def test_asgi_probes(path):
+@pytest.mark.parametrize("others", [[], ["whitenoise.middleware.WhiteNoiseMiddleware"]])
+def test_asgi_probes(settings, path, others):
+    settings.MIDDLEWARE = ["monitoring.middleware.MonitoringMiddleware", *others]
     before = counted("http_requests_total", path=path, status="200")
     start, body, *_ = asgi_request(path)
     assert (start["status"], bool(body["body"])) == (200, True)
