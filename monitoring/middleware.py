@@ -108,6 +108,7 @@ def span_started(span: Span, request: HttpRequest) -> None:
     """OpenTelemetry's request hook: tell the request's observation its trace."""
     observation: _Observation | None = request.META.get(_META_KEY)
     if observation is not None:
+        observation.span = span
         observation.use_trace(span)
 
 
@@ -130,6 +131,7 @@ class _Observation:
         "_started",
         "_tenant_id",
         "probe",
+        "span",
         "status",
     )
 
@@ -142,6 +144,7 @@ class _Observation:
         self.probe = ""
         """The path, where it is one that the middleware answers itself."""
         self.status = 500  # of a request that ends in an exception
+        self.span: Span | None = None
         meta = request.META
         meta[_META_KEY] = self
         # Not request.headers, which is made of all of them.
@@ -177,6 +180,9 @@ class _Observation:
         self._method, self._match = request.method, request.resolver_match
         if response is None:
             self._record()
+            if self.span is not None and self.span.is_recording():
+                # The instrumentation does not hear of a request whose client has gone: its trace would never end.
+                self.span.end()
         else:
             self.status = response.status_code
             response.headers["X-Correlation-ID"] = self._correlation_id

@@ -233,6 +233,32 @@ def test_a_query_is_told_without_its_values_under_asgi_too(receiver):
     assert "hush" not in str(receiver.spans)
 
 
+CANCELLED = """
+import asyncio, django
+django.setup()
+from django.test import AsyncClient
+from monitoring.tracing import init_tracing, tracing_config
+from tests.monitoring.project.urls import waiting
+stop = init_tracing(tracing_config())
+async def main():
+    request = asyncio.create_task(AsyncClient(raise_request_exception=False).get("/wait-for-ever"))
+    while not waiting:
+        await asyncio.sleep(0.01)
+    request.cancel()
+    await asyncio.wait([request])
+    await AsyncClient(raise_request_exception=False).get("/fail")
+asyncio.run(main())
+stop()
+"""
+
+
+def test_the_span_of_a_request_whose_client_has_gone_ends(receiver):
+    spans = exported(receiver, CANCELLED)
+    [gone] = [span for span in spans.values() if attributes_of(span)["url.path"] == "/wait-for-ever"]
+    assert gone.status.code == gone.status.STATUS_CODE_UNSET
+    assert gone.trace_id != spans["GET /fail"].trace_id
+
+
 def test_conventions_before_the_stable_ones_are_the_users_choice(receiver):
     span = exported(receiver, ASYNC_REQUEST, OTEL_SEMCONV_STABILITY_OPT_IN="http/dup")["GET /async"]
     assert attributes_of(span).items() >= {"http.method": "GET", "http.request.method": "GET"}.items()
