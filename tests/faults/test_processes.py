@@ -40,7 +40,11 @@ def post_conversations(url, authorization, count, clients=8):
         conversation = post(client, "/api/v1/conversations", title=f"conversation {number}", mode=MODES[number % 4])
         post(client, "/api/v1/messages", conversation_id=conversation["id"], content=f"message {number}")
 
-    pool_clients = [httpx.Client(base_url=url, headers=authorization, timeout=60) for _ in range(clients)]
+    # Given up before the server, which keeps an idle connection for 2 s, closes it under a request.
+    limits = httpx.Limits(keepalive_expiry=1)
+    pool_clients = [
+        httpx.Client(base_url=url, headers=authorization, timeout=60, limits=limits) for _ in range(clients)
+    ]
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(one, range(count)))
     for client in pool_clients:
