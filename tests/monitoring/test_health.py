@@ -245,6 +245,9 @@ GAVE_UP = "the database does not answer (OperationalError)"
 
 @pytest.mark.parametrize("running", [running_web, running_worker])
 def test_hundred_probes_while_the_database_is_frozen(running, postgres, tmp_path):
+    with closing(psycopg.connect(postgres.url, autocommit=True)) as admin:  # whatever another test has left
+        admin.execute("DROP SCHEMA public CASCADE")
+        admin.execute("CREATE SCHEMA public")
     migrated = run_python(
         "import django; django.setup(); from django.core.management import call_command; call_command('migrate')",
         PROJECT_DATABASE_URL=postgres.url,
