@@ -18,9 +18,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from monitoring import context, labels, llm
+from monitoring import context, labels, llm, openai_client
 from monitoring.conf import MonitoringSettings
-from monitoring.llm import llm_request, observe_openai, price_of, record_llm_usage
+from monitoring.llm import llm_request, price_of, record_llm_usage
+from monitoring.openai_client import observe_openai
 
 from .conftest import counted, run_python
 
@@ -240,7 +241,9 @@ def test_series_stay_bounded(provider):
 
 
 def test_the_module_needs_no_openai():
-    done = run_python("import sys, django; django.setup(); import monitoring.llm; assert 'openai' not in sys.modules")
+    done = run_python(
+        "import sys, django; django.setup(); import monitoring.openai_client; assert 'openai' not in sys.modules"
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -717,7 +720,7 @@ def test_observing_twice_counts_once(caller, server, provider):
 
 
 def test_recording_that_fails_fails_nothing(caller, server, provider, monkeypatch, caplog):
-    monkeypatch.setattr(llm, "_number", lambda value: 1 / 0)
+    monkeypatch.setattr(openai_client, "_number", lambda value: 1 / 0)
     server.answers = [(200, completion()), STREAM]
     assert caller.ask().usage.total_tokens == 1_200
     assert len(caller.read()) == 3

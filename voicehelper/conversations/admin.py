@@ -9,7 +9,7 @@ from .models import Conversation, Message
 
 @admin.register(Conversation)
 class ConversationAdmin(ReadOnlyAdmin):
-    list_display = ["title", "tenant", "user", "mode", "status", "message_count", "created_at", "ended_at"]
+    list_display = ["title", "tenant", "user", "mode", "status", "message_count", "created_at"]
     list_filter = ["mode", "status"]
     list_select_related = ["tenant", "user"]
     search_fields = ["=id", "title", "=tenant__name", "=user__username"]

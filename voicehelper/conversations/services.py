@@ -77,40 +77,38 @@ def send_message(*, user: User, conversation_id: UUID, content: str, role: str =
     return message
 
 
-@transaction.atomic
 def complete_conversation(*, user: User, conversation_id: UUID) -> Conversation:
     """End a conversation that has done what it was opened for, and emit conversation.completed.
 
     Raises Conversation.DoesNotExist when the tenant has no such conversation, ConversationEnded when it has ended.
     """
-    conversation = _lock_active(user, conversation_id)
-    _end(conversation, Conversation.Status.COMPLETED)
-    emit_event(
-        CONVERSATION_COMPLETED,
-        ConversationCompletedPayload(
-            conversation_id=str(conversation.id), mode=conversation.mode, message_count=conversation.message_count
-        ),
-        aggregate_id=conversation.id,
-        tenant_id=conversation.tenant_id,
-        user_id=user.id,
-        metadata=METADATA,
+    return _end(
+        user, conversation_id, Conversation.Status.COMPLETED, CONVERSATION_COMPLETED, ConversationCompletedPayload
     )
-    return conversation
 
 
-@transaction.atomic
 def fail_conversation(*, user: User, conversation_id: UUID) -> Conversation:
     """End a conversation that has not done what it was opened for, and emit conversation.failed.
 
     Raises Conversation.DoesNotExist when the tenant has no such conversation, ConversationEnded when it has ended.
     """
+    return _end(user, conversation_id, Conversation.Status.FAILED, CONVERSATION_FAILED, ConversationFailedPayload)
+
+
+@transaction.atomic
+def _end(
+    user: User,
+    conversation_id: UUID,
+    status: Conversation.Status,
+    event_type: str,
+    payload: type[ConversationCompletedPayload | ConversationFailedPayload],
+) -> Conversation:
     conversation = _lock_active(user, conversation_id)
-    _end(conversation, Conversation.Status.FAILED)
+    conversation.status, conversation.ended_at = status, timezone.now()
+    conversation.save(update_fields=["status", "ended_at", "updated_at"])
     emit_event(
-        CONVERSATION_FAILED,
-        ConversationFailedPayload(
-            conversation_id=str(conversation.id), mode=conversation.mode, message_count=conversation.message_count
-        ),
+        event_type,
+        payload(conversation_id=str(conversation.id), mode=conversation.mode, message_count=conversation.message_count),
         aggregate_id=conversation.id,
         tenant_id=conversation.tenant_id,
         user_id=user.id,
@@ -128,8 +126,3 @@ def _lock_active(user: User, conversation_id: UUID) -> Conversation:
     if conversation.status != Conversation.Status.ACTIVE:
         raise ConversationEnded(f"conversation {conversation_id} is {conversation.status}")
     return conversation
-
-
-def _end(conversation: Conversation, status: Conversation.Status) -> None:
-    conversation.status, conversation.ended_at = status, timezone.now()
-    conversation.save(update_fields=["status", "ended_at", "updated_at"])
