@@ -70,7 +70,7 @@ class Member(Child):
         return self.process.pid
 
     def is_assigned(self):
-        return re.search(r'"partitions assigned".*"partitions": \["', self.log.read_text()) is not None
+        return re.search(r'"partitions assigned".*"partitions":\["', self.log.read_text()) is not None
 
 
 @dataclass
