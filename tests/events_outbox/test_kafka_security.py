@@ -475,7 +475,8 @@ def test_a_relays_output_status_and_admin_show_no_password(secure_kafka, topic, 
 @on_secure_broker
 def test_librdkafkas_debug_log_shows_no_secret(secure_kafka, settings, topic, user, emit, caplog):
     caplog.set_level(logging.DEBUG)
-    _, oauth = by_oauth_endpoint(secure_kafka)
+    client_id, oauth = by_oauth_endpoint(secure_kafka)
+    allow_all(secure_kafka, client_id, [topic])  # an idempotent producer without any right fails at once
     for client_settings in (secure_kafka.login(user, "right-password"), oauth):
         log_in(settings, {**client_settings, "debug": "all"})
         client = kafka.make_producer(lambda error: None)
