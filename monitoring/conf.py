@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from django.conf import settings
 from django.core.exceptions import ImproperlyConfigured
@@ -30,6 +31,8 @@ class MonitoringSettings:
     may be left out. A model's price is also that of its dated versions: `gpt-4o` of `gpt-4o-2024-08-06`.
     `probe_prefix`: the middleware answers /health, /livez, /readyz and /metrics below it, as in "/internal"; None: it
     does not, as for a project that includes `monitoring.urls` itself.
+    `prometheus_url`: where Prometheus answers its HTTP API, as "http://prometheus:9090"; empty: there is none.
+    `jaeger_url`: where people open Jaeger, as "https://jaeger.example.org"; empty: traces have no links.
     The rest: see `monitoring.tracing`, also for the standard OTEL_* variables that are read where a key is not given.
     """
 
@@ -43,6 +46,8 @@ class MonitoringSettings:
     probe_prefix: str | None = ""
     llm_prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     tracing_enabled: bool | None = None
+    prometheus_url: str = ""
+    jaeger_url: str = ""
     otlp_endpoint: str = ""
     otlp_certificate_file: str = ""
     otlp_client_certificate_file: str = ""
@@ -66,6 +71,9 @@ class MonitoringSettings:
             raise ImproperlyConfigured(f"SAMPLING_RATE must be from 0.0 to 1.0, not {self.sampling_rate!r}")
         if self.sampling_mode not in SAMPLING_MODES:
             raise ImproperlyConfigured(f"SAMPLING_MODE is {self.sampling_mode!r}: use {', '.join(SAMPLING_MODES)}")
+        for name, url in (("PROMETHEUS_URL", self.prometheus_url), ("JAEGER_URL", self.jaeger_url)):
+            if url and (urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname):
+                raise ImproperlyConfigured(f"{name} must begin with http:// or https:// and name a host")
         _check_llm_prices(self.llm_prices)
 
 

@@ -25,6 +25,8 @@ if not IS_DEV:
     CSRF_COOKIE_SECURE = True
 
 INSTALLED_APPS = [
+    "voicehelper.console",  # before unfold, some of whose templates and files it replaces
+    "unfold",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -48,6 +50,7 @@ INSTALLED_APPS = [
 MIDDLEWARE = [
     "monitoring.middleware.MonitoringMiddleware",
     "django.middleware.security.SecurityMiddleware",
+    "csp.middleware.CSPMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
@@ -56,6 +59,21 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
+
+# Nothing from elsewhere, nothing inline, no eval: also the admin.
+CONTENT_SECURITY_POLICY = {
+    "DIRECTIVES": {
+        "default-src": ["'none'"],
+        "script-src": ["'self'"],
+        "style-src": ["'self'"],
+        "img-src": ["'self'", "data:"],
+        "font-src": ["'self'"],
+        "connect-src": ["'self'"],
+        "form-action": ["'self'"],
+        "base-uri": ["'none'"],
+        "frame-ancestors": ["'none'"],
+    }
+}
 
 ROOT_URLCONF = "voicehelper.urls"
 WSGI_APPLICATION = "voicehelper.wsgi.application"
@@ -100,6 +118,8 @@ CACHES: dict[str, Any] = {
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
+LOGIN_URL = "admin:login"
+LOGIN_REDIRECT_URL = "admin:index"
 AUTH_USER_MODEL = "identity.User"
 AUTH_PASSWORD_VALIDATORS = [
     {"NAME": "django.contrib.auth.password_validation.UserAttributeSimilarityValidator"},
@@ -117,6 +137,8 @@ STATIC_URL = "static/"
 STATIC_ROOT = None if IS_DEV else BASE_DIR / "staticfiles"
 WHITENOISE_USE_FINDERS = IS_DEV
 WHITENOISE_AUTOREFRESH = False
+
+UNFOLD: dict[str, Any] = {"SITE_TITLE": "VoiceHelper", "SITE_HEADER": "VoiceHelper", "SHOW_BACK_BUTTON": False}
 
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
@@ -150,6 +172,9 @@ MONITORING: dict[str, Any] = {
     # keep_failed | ratio | collector; where spans go and how many: the standard OTEL_* variables.
     "SAMPLING_MODE": os.environ.get("SAMPLING_MODE", "keep_failed"),
 }
+# For the admin: figures over time, and links to traces.
+MONITORING["PROMETHEUS_URL"] = os.environ.get("PROMETHEUS_URL", "")
+MONITORING["JAEGER_URL"] = os.environ.get("JAEGER_URL", "")
 if "TRACING_ENABLED" in os.environ:
     MONITORING["TRACING_ENABLED"] = os.environ["TRACING_ENABLED"].lower() == "true"
 # monitoring configures logging itself (one line format for web, relay and consumers).

@@ -14,7 +14,9 @@ from events_outbox.handlers import consumers
 from events_outbox.models import ConsumerPause, OperatorAction, ProcessedEvent
 from events_outbox.operators import ACTIONS
 
-from .lists import ChoiceFilter, ConsumerFilter, EventIdAdmin, ReadOnlyAdmin, exact_time
+from .filters import ChoiceFilter, ConsumerFilter
+from .read_only import EventIdAdmin, ReadOnlyAdmin
+from .texts import exact_time
 
 
 @admin.register(ProcessedEvent)

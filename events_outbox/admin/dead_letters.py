@@ -16,7 +16,9 @@ from events_outbox.handlers import consumers
 from events_outbox.letter_actions import ReplayRefused
 from events_outbox.models import DeadLetter, OperatorAction, OutboxEvent
 
-from .lists import ConsumerFilter, EventIdAdmin, EventTypeFilter, TenantFilter, exact_time, readable
+from .filters import ConsumerFilter, EventTypeFilter, TenantFilter
+from .read_only import EventIdAdmin
+from .texts import exact_time, readable
 
 REQUEST_SECONDS = 20.0
 """How long a request handles events. What is left over is for the next one, or for the command."""

@@ -9,7 +9,7 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
 from events_outbox import RetryPolicy, handlers, pauses
-from events_outbox.admin.lists import PAGED_ROWS
+from events_outbox.admin.keyset import PAGED_ROWS
 from events_outbox.consumer import ConsumerProcess
 from events_outbox.fields import PgSnapshot
 from events_outbox.models import (
@@ -232,7 +232,7 @@ def test_open_and_discarded_events_are_told_apart(operator, parked_key):
 
 
 def test_more_than_can_be_looked_at_is_not_discarded_at_once(operator, parked_key, monkeypatch):
-    monkeypatch.setattr("events_outbox.admin.lists.AT_ONCE", 1)
+    monkeypatch.setattr("events_outbox.admin.read_only.AT_ONCE", 1)
     answer = act(operator, "undeliverableevent", "discard", parked_key).content.decode()
     assert "Select at most 1, or use `manage.py undeliverable discard`" in answer
 

@@ -1,0 +1,119 @@
+"""Undeliverable events: redrive, discard."""
+
+from typing import Any
+
+from django.contrib import admin, messages
+from django.db.models import QuerySet
+from django.http import HttpRequest, HttpResponse
+
+from events_outbox import undeliverable
+from events_outbox.models import UndeliverableEvent
+
+from .filters import TopicFilter
+from .read_only import ReadOnlyAdmin
+from .texts import exact_time, readable
+
+
+class OpenFilter(admin.SimpleListFilter):
+    title = parameter_name = "state"
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        return [(state, state) for state in ("open", "discarded")]
+
+    def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
+        if self.value() in ("open", "discarded"):
+            return queryset.filter(discarded_at__isnull=self.value() == "open")
+        return queryset
+
+
+@admin.register(UndeliverableEvent)
+class UndeliverableEventAdmin(ReadOnlyAdmin):
+    list_display = ("id", "state", "reason", "event", "aggregate_id", "topic", "parked")
+    list_filter = (OpenFilter, TopicFilter, "reason")
+    search_fields = ("aggregate_id__exact",)
+    search_help_text = "an aggregate id, whole"
+    fields = (
+        "event",
+        "topic",
+        "aggregate_id",
+        "state",
+        "reason",
+        "error",
+        "parked_at",
+        "redrive_requested_at",
+        "discarded_at",
+        "discarded_by",
+        "discard_reason",
+        "decoded",
+    )
+    list_select_related = ("event",)
+    actions = ("redrive", "discard")
+
+    @admin.display(description="parked", ordering="parked_at")
+    def parked(self, parked: UndeliverableEvent) -> str:
+        return exact_time(parked.parked_at)
+
+    @admin.display(description="state")
+    def state(self, parked: UndeliverableEvent) -> str:
+        if parked.discarded_at is not None:
+            return "discarded"
+        return "open" if parked.redrive_requested_at is None else "to be redriven"
+
+    @admin.display(description="event")
+    def decoded(self, parked: UndeliverableEvent) -> str:
+        return readable(parked.event.value)
+
+    @admin.action(description="Redrive with all events of the same key, in order", permissions=["operate"])
+    def redrive(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> None:
+        chosen = list(queryset)
+        try:
+            redriven = undeliverable.redrive(
+                undeliverable.with_ids([parked.pk for parked in chosen]), by=str(request.user)
+            )
+        except undeliverable.ActionRefused as error:
+            self.message_user(request, f"{error}; nothing was changed", messages.ERROR)
+            return
+        for parked in chosen:
+            self.log(request, parked, "redrive requested")
+        self.message_user(
+            request, f"{redriven.events} events of {redriven.keys} keys: the relay publishes them within seconds"
+        )
+
+    @admin.action(description="Discard: give up, and let what waits behind go on", permissions=["operate"])
+    def discard(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> HttpResponse | None:
+        """Ask for the reason on a page of its own, then discard."""
+        chosen = self.few(request, queryset, "undeliverable discard")
+        if chosen is None:
+            return None
+        ids = [parked.pk for parked in chosen]
+        reason = request.POST.get("reason", "")
+        try:
+            if "confirmed" in request.POST and reason.strip():
+                discarded = undeliverable.discard(ids, reason=reason, by=str(request.user))
+            else:
+                preview = undeliverable.discard(ids, reason="preview", by="", dry_run=True)
+                return self._ask_why(request, chosen, preview)
+        except undeliverable.ActionRefused as error:
+            self.message_user(request, f"{error}; nothing was changed", messages.ERROR)
+            return None
+        for parked in chosen:
+            self.log(request, parked, f"discarded: {reason.strip()}")
+        freed = discarded.redriven
+        more = f"; {freed.events} events of {freed.keys} keys waited for them and are redriven" if freed.events else ""
+        self.message_user(request, f"{discarded.events} undeliverable events discarded{more}")
+        return None
+
+    def _ask_why(
+        self, request: HttpRequest, chosen: list[UndeliverableEvent], preview: undeliverable.Discarded
+    ) -> HttpResponse:
+        freed = preview.redriven
+        return self.ask_why(
+            request,
+            introduction="These events will never be published. They stay visible as discarded, with your name and "
+            "the reason.",
+            waiting=f"{freed.events} events of {freed.keys} keys wait for them: the relay publishes those."
+            if freed.events
+            else "",
+            columns=("Id", "Event", "Topic", "Aggregate", "Refused for"),
+            rows=[(p.pk, (p.event, p.topic, p.aggregate_id, p.reason)) for p in chosen],
+        )
