@@ -22,7 +22,7 @@ class BoundedPaginator(Paginator):  # type: ignore[type-arg]
 class BoundedList:
     """How a list of such rows is paged: part of every admin here."""
 
-    paginator = BoundedPaginator
+    paginator: Any = BoundedPaginator
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER  # they count the table once for each choice
     list_per_page = 50
