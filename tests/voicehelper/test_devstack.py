@@ -359,6 +359,7 @@ class TestPorts:
             ("KAFKA_PORT", 1, "Kafka's controller"),
             ("METRICS_PORT", 0, "the relay's metrics"),
             ("METRICS_PORT", 3, "audit's metrics"),
+            pytest.param("PROMETHEUS_PORT", 0, "Prometheus", marks=pytest.mark.needs_tool("prometheus")),
         ],
     )
     def test_a_taken_one_is_named(self, variable: str, offset: int, purpose: str) -> None:
@@ -396,8 +397,13 @@ def up_ports() -> dict[str, str]:
     """Free ports for a `make up`, as environment variables."""
     while True:
         first = random.SystemRandom().randrange(20_000, 32_000)
-        if all(supervisor._is_free(port) for port in range(first, first + 7)):
-            return {"WEB_PORT": str(first), "KAFKA_PORT": str(first + 1), "METRICS_PORT": str(first + 3)}
+        if all(supervisor._is_free(port) for port in range(first, first + 8)):
+            return {
+                "WEB_PORT": str(first),
+                "KAFKA_PORT": str(first + 1),
+                "METRICS_PORT": str(first + 3),
+                "PROMETHEUS_PORT": str(first + 7),
+            }
 
 
 class Stack:
@@ -519,6 +525,20 @@ class TestUp:
 
         stack.start()
         wait_for(lambda: stack.counted_conversations() == 1, "the conversation counted")
+
+    @pytest.mark.needs_tool("prometheus")
+    def test_prometheus_scrapes_every_process(self, stack: Stack) -> None:
+        stack.start()
+        url = f"http://127.0.0.1:{stack.env['PROMETHEUS_PORT']}/api/v1/query"
+
+        def scraped() -> dict[str, int]:
+            answer = httpx.get(url, params={"query": "count by (job) (up == 1)"}).json()["data"]["result"]
+            return {series["metric"]["job"]: int(series["value"][1]) for series in answer}
+
+        wait_for(lambda: scraped() == {"web": 1, "relay": 1, "consumer": 3}, "all five scraped")
+        rules = httpx.get(url.removesuffix("query") + "rules").json()["data"]["groups"]
+        assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
+        assert len(rules) > 1
 
     @pytest.mark.apache_kafka
     def test_on_apache_kafka_and_a_second_ctrl_c(self, stack: Stack) -> None:
