@@ -18,7 +18,7 @@ else:
     from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
 
 
-class NewUserForm(UserCreationForm):
+class NewUserForm(UserCreationForm):  # type: ignore[type-arg]
     """With a password always: the usual form also makes users without one."""
 
     usable_password = None
