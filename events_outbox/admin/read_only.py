@@ -18,7 +18,8 @@ from events_outbox.handlers import consumers
 from .keyset import BoundedList
 
 if TYPE_CHECKING:
-    DjangoModelAdmin = ModelAdmin = admin.ModelAdmin[Any]
+    DjangoModelAdmin = admin.ModelAdmin[Any]
+    ModelAdmin = admin.ModelAdmin[Any]
 else:
     from unfold.admin import ModelAdmin  # the theme's; it has no types
 
@@ -47,7 +48,7 @@ class TenantConfined(DjangoModelAdmin):
     """Where a row says whose it is; None: the model knows no tenants."""
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        rows = super().get_queryset(request)
+        rows: QuerySet[Any] = super().get_queryset(request)
         tenant = tenant_of(request)
         if tenant is None:
             return rows
