@@ -243,4 +243,4 @@ def _storable(text: str) -> str:
 
 def _open_session() -> psycopg.Connection[Any]:
     # Statements are not prepared: a pooler in between may not keep them.
-    return psycopg.connect(**session_parameters(APPLICATION_NAME), prepare_threshold=None)
+    return psycopg.connect(**{**session_parameters(APPLICATION_NAME), "prepare_threshold": None})

@@ -66,10 +66,10 @@ class OutboxStatus:
     """The state at one moment.
 
     None: `oldest_pending_age_seconds` when nothing is pending; `leader`, `leader_host`, `leader_pid`, `leader_since`
-    when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none.
-    `relay_paused_at` is None when no operator has paused the relay. `undeliverable` counts the open ones. `lock_held_by` is the application name of whoever holds the leader's lock
-    without being a relay, e.g. replay_outbox; empty otherwise. Where `cursor_is_of_this_cluster` is false, `pending`
-    says nothing.
+    when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none;
+    `relay_paused_at` when no operator has paused the relay. `undeliverable` counts the open ones. `lock_held_by` is the
+    application name of whoever holds the leader's lock without being a relay, e.g. replay_outbox; empty otherwise.
+    Where `cursor_is_of_this_cluster` is false, `pending` says nothing.
     """
 
     leader: str | None
