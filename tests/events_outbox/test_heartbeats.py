@@ -156,7 +156,7 @@ def test_a_heartbeat_changes_no_index():
 
 @pytest.fixture
 def far_database(monkeypatch):
-    """The database of the heartbeats behind a proxy, which can freeze it and cut it off; for the tests' own it is as it was."""
+    """The database of the heartbeats behind a proxy, which can freeze it and cut it off."""
     with psycopg.connect(**plain_parameters()) as session:
         directory = session.info.get_parameters().get("host") or session.info.host
         server = (
