@@ -17,6 +17,13 @@ ACTIONS = (
     "consumer.paused",
     "consumer.resumed",
     "offsets.reset",
+    "events.replayed",
+    "events.exported",
+    "undeliverable.redriven",
+    "undeliverable.discarded",
+    "relay.paused",
+    "relay.resumed",
+    "payload.viewed",
 )
 """What the audit trail speaks of."""
 

@@ -21,6 +21,7 @@ from .texts import exact_time
 
 @admin.register(ProcessedEvent)
 class ProcessedEventAdmin(EventIdAdmin):
+    tenant_field = None
     list_display = ("event_id", "consumer", "processed_at")
     list_filter = (ConsumerFilter,)
 
@@ -37,6 +38,7 @@ class PauseForm(forms.ModelForm):  # type: ignore[type-arg]
 
 @admin.register(ConsumerPause)
 class ConsumerPauseAdmin(ReadOnlyAdmin):
+    tenant_field = None
     list_display = ("consumer", "paused", "paused_by", "reason")
     ordering = ("consumer",)
     form = PauseForm
@@ -74,6 +76,7 @@ class ActionFilter(ChoiceFilter):
 
 @admin.register(OperatorAction)
 class OperatorActionAdmin(ReadOnlyAdmin):
+    tenant_field = None
     list_display = ("happened", "action", "consumer", "linked_subject", "by", "why")
     list_filter = (ConsumerFilter, ActionFilter)
     fields = ("happened", "action", "consumer", "linked_subject", "by", "reason", "detail")

@@ -10,22 +10,66 @@ from django.db import models
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
+from django.utils.module_loading import import_string
 
+from events_outbox.conf import outbox_settings
 from events_outbox.handlers import consumers
 
 from .keyset import BoundedList
 
 if TYPE_CHECKING:
+    DjangoModelAdmin = admin.ModelAdmin[Any]
     ModelAdmin = admin.ModelAdmin[Any]
 else:
     from unfold.admin import ModelAdmin  # the theme's; it has no types
+
+    DjangoModelAdmin = admin.ModelAdmin
 
 AT_ONCE = 500
 """Django takes at most a thousand fields of a form, and a person reads fewer."""
 
 
-class ReadOnlyAdmin(BoundedList, ModelAdmin):
-    """Rows can be looked at; the declared actions are for those who may change the model."""
+def tenant_of(request: HttpRequest) -> str | None:
+    """The only tenant whose rows the user may see; None: the user sees all. EVENTS_OUTBOX["ADMIN_TENANT"] decides."""
+    path = outbox_settings().ADMIN_TENANT
+    if path is None:
+        return None
+    tenant: str | None = import_string(path)(request.user)
+    return tenant
+
+
+class TenantConfined(DjangoModelAdmin):
+    """The staff of a tenant sees the tenant's own rows, and of a model without tenants nothing at all.
+
+    Lists, pages, searches, histories and actions all read from `get_queryset()`, so this is the one gate.
+    """
+
+    tenant_field: str | None = "tenant_id"
+    """Where a row says whose it is; None: the model knows no tenants."""
+
+    def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
+        rows: QuerySet[Any] = super().get_queryset(request)
+        tenant = tenant_of(request)
+        if tenant is None:
+            return rows
+        return rows.none() if self.tenant_field is None else rows.filter(**{self.tenant_field: tenant})
+
+    def has_view_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return super().has_view_permission(request, obj) and self._is_in_sight(request, obj)
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return super().has_change_permission(request, obj) and self._is_in_sight(request, obj)
+
+    def _is_in_sight(self, request: HttpRequest, obj: Any) -> bool:
+        if tenant_of(request) is None:
+            return True
+        if self.tenant_field is None:
+            return False
+        return obj is None or self.get_queryset(request).filter(pk=obj.pk).exists()
+
+
+class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
+    """Rows can be looked at; each of the declared actions takes a permission of its own."""
 
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False

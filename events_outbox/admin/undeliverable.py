@@ -28,6 +28,7 @@ class OpenFilter(admin.SimpleListFilter):
 
 @admin.register(UndeliverableEvent)
 class UndeliverableEventAdmin(ReadOnlyAdmin):
+    tenant_field = "event__tenant_id"
     list_display = ("id", "state", "reason", "event", "aggregate_id", "topic", "parked")
     list_filter = (OpenFilter, TopicFilter, "reason")
     search_fields = ("aggregate_id__exact",)
