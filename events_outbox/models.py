@@ -2,11 +2,12 @@
 
 from base64 import b64decode
 from collections.abc import Collection, Iterable
+from datetime import timedelta
 from typing import Any, ClassVar
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from django.db import connection, models
-from django.db.models import F, Func, Q, Value
+from django.db.models import Case, F, Func, Q, Value, When
 from django.db.models.functions import MD5, Now
 
 from .fields import PgSnapshot, PgSnapshotField, Xid8Field, nothing_seen
@@ -381,6 +382,81 @@ class ConsumerPause(models.Model):
 
     def __str__(self) -> str:
         return f"{self.consumer} is paused"
+
+
+class RelayPause(models.Model):
+    """While its row is there, the leader keeps the lead and publishes nothing, whoever leads."""
+
+    id = models.PositiveSmallIntegerField(primary_key=True, default=1)
+    paused_at = models.DateTimeField(db_default=Now())
+    paused_by = models.CharField(max_length=150, help_text="The operator.")
+    reason = models.TextField()
+
+    class Meta:
+        verbose_name = "relay pause"
+        constraints = [models.CheckConstraint(condition=Q(id=1), name="relay_pause_is_one_row")]
+
+    def __str__(self) -> str:
+        return "the relay is paused"
+
+
+class WorkerQuerySet(models.QuerySet["Worker"]):
+    def alive(self) -> "WorkerQuerySet":
+        """Those that are heard of and have not stopped. By the database's clock, which writes the times as well."""
+        return self.filter(self._is_alive())
+
+    def with_life(self) -> "WorkerQuerySet":
+        """Each with `is_alive`, and `read_at`: the database's time now, to tell ages by."""
+        return self.annotate(
+            is_alive=Case(When(self._is_alive(), then=True), default=False, output_field=models.BooleanField()),
+            read_at=Now(),
+        )
+
+    @staticmethod
+    def _is_alive() -> Q:
+        return Q(stopped_at__isnull=True, seen_at__gt=Now() - timedelta(seconds=Worker.ALIVE_SECONDS))
+
+
+class Worker(models.Model):
+    """One start of a relay or of a consumer, as it says of itself: see `heartbeats`.
+
+    A consumer that shares its process with others has a row of its own. The id is drawn at each start: host and pid
+    come again, in containers all the time. Few rows, and none older than a day, so the primary key is the only index:
+    a heartbeat then changes no index entry.
+    """
+
+    ALIVE_SECONDS: ClassVar[float] = 20.0
+    """Not heard of for so long, a worker counts as gone: it speaks every five seconds."""
+
+    class Kind(models.TextChoices):
+        RELAY = "relay", "relay"
+        CONSUMER = "consumer", "consumer"
+
+    id = models.UUIDField(primary_key=True, default=uuid4, editable=False)
+    kind = models.CharField(max_length=10, choices=Kind.choices)
+    name = models.CharField(max_length=100, help_text='The consumer\'s name; "relay" for a relay.')
+    host = models.CharField(max_length=255)
+    pid = models.IntegerField()
+    started_at = models.DateTimeField(db_default=Now())
+    seen_at = models.DateTimeField(db_default=Now(), help_text="When it last said that it works.")
+    stopped_at = models.DateTimeField(null=True, help_text="When it stopped in order. A killed one says nothing.")
+    state = models.CharField(max_length=64, help_text="What it does: leads, stands by, works, paused, waits for ...")
+    state_since = models.DateTimeField(db_default=Now())
+    last_error = models.TextField(default="", blank=True, help_text="The last thing that went wrong, if any did.")
+    last_error_at = models.DateTimeField(null=True)
+    events_total = models.BigIntegerField(default=0, help_text="Published or handled since it started.")
+    events_per_second = models.FloatField(default=0, help_text="Over about the last ten seconds.")
+    assignment = models.JSONField(default=list, help_text="A consumer's partitions, as topic/partition.")
+    metrics_port = models.IntegerField(null=True, help_text="Where it serves /metrics and /livez; null: nowhere.")
+
+    objects: ClassVar[Any] = WorkerQuerySet.as_manager()
+
+    class Meta:
+        verbose_name = "worker"
+        ordering = ["kind", "name", "-started_at"]
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.host}:{self.pid}"
 
 
 class OperatorActionQuerySet(models.QuerySet["OperatorAction"]):

@@ -16,6 +16,8 @@ ACTIONS = (
     "dead_letter.discarded",
     "consumer.paused",
     "consumer.resumed",
+    "relay.paused",
+    "relay.resumed",
     "offsets.reset",
     "events.replayed",
     "events.exported",

@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import dj_database_url
+from django.templatetags.static import static
 
 from voicehelper.kafka_security import kafka_security
 from voicehelper.services import BASE_DIR, find_services
@@ -138,7 +139,15 @@ STATIC_ROOT = None if IS_DEV else BASE_DIR / "staticfiles"
 WHITENOISE_USE_FINDERS = IS_DEV
 WHITENOISE_AUTOREFRESH = False
 
-UNFOLD: dict[str, Any] = {"SITE_TITLE": "VoiceHelper", "SITE_HEADER": "VoiceHelper", "SHOW_BACK_BUTTON": False}
+UNFOLD: dict[str, Any] = {
+    "SITE_TITLE": "VoiceHelper",
+    "SITE_HEADER": "VoiceHelper",
+    "SITE_SYMBOL": "monitor_heart",
+    "SITE_FAVICONS": [
+        {"rel": "icon", "type": "image/svg+xml", "href": lambda request: static("console/icon.svg")},
+    ],
+    "SIDEBAR": {"navigation": "voicehelper.console.navigation.navigation"},
+}
 
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [

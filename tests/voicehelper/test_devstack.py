@@ -4,14 +4,13 @@ import contextlib
 import fcntl
 import json
 import os
-import random
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -25,6 +24,7 @@ from events_outbox.catalog import topics
 from events_outbox.conf import OutboxSettings
 from events_outbox.embedded_broker import PARTITIONS
 from tests.services import TOPICS, free_ports
+from tests.stack import UP, Stack, is_gone, up_ports, wait_for
 from voicehelper.devstack import DevstackError, apache_kafka, supervisor
 from voicehelper.devstack import postgres as postgres_module
 from voicehelper.devstack.child import Child
@@ -33,22 +33,6 @@ from voicehelper.devstack.log_stream import LogStream
 from voicehelper.devstack.postgres import FORGETFUL, EmbeddedPostgres
 from voicehelper.devstack.supervisor import Ports, only_one_run
 from voicehelper.services import BASE_DIR
-
-UP = [sys.executable, "-m", "voicehelper.devstack", "up"]
-
-
-def wait_for(condition: Callable[[], object], what: str, timeout_seconds: float = 30) -> None:
-    deadline = time.monotonic() + timeout_seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {timeout_seconds} s: {what}"
-        time.sleep(0.05)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.fixture
@@ -359,6 +343,7 @@ class TestPorts:
             ("KAFKA_PORT", 1, "Kafka's controller"),
             ("METRICS_PORT", 0, "the relay's metrics"),
             ("METRICS_PORT", 3, "audit's metrics"),
+            pytest.param("PROMETHEUS_PORT", 0, "Prometheus", marks=pytest.mark.needs_tool("prometheus")),
         ],
     )
     def test_a_taken_one_is_named(self, variable: str, offset: int, purpose: str) -> None:
@@ -390,73 +375,6 @@ def test_log_lines_are_whole_and_named(tmp_path: Path) -> None:
         log.close()
     lines = (tmp_path / "log").read_text().splitlines()
     assert sorted(lines) == 200 * [f"one   | {line}"] + 200 * [f"two   | {line}"]
-
-
-def up_ports() -> dict[str, str]:
-    """Free ports for a `make up`, as environment variables."""
-    while True:
-        first = random.SystemRandom().randrange(20_000, 32_000)
-        if all(supervisor._is_free(port) for port in range(first, first + 7)):
-            return {"WEB_PORT": str(first), "KAFKA_PORT": str(first + 1), "METRICS_PORT": str(first + 3)}
-
-
-class Stack:
-    """A `make up` of its own: own data, own ports."""
-
-    def __init__(self, directory: Path) -> None:
-        self.data_dir = directory / "data"
-        self.log = directory / "up.log"
-        self.env = {**os.environ, **up_ports(), "VOICEHELPER_DATA_DIR": str(self.data_dir)}
-        for name in ("DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS", "DJANGO_SETTINGS_MODULE", "MAKELEVEL"):
-            self.env.pop(name, None)
-        self.process: subprocess.Popen[bytes] | None = None
-        self.pids: list[int] = []
-
-    def start(self, *options: str) -> None:
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen([*UP, *options], cwd=BASE_DIR, env=self.env, stdout=log, stderr=log)
-        wait_for(
-            lambda: "VoiceHelper runs" in self.log.read_text() or self.process.poll() is not None,
-            "the banner",
-            120,
-        )
-        assert self.process.poll() is None, self.log.read_text()
-        self.pids = [process.pid for process in psutil.Process(self.process.pid).children(recursive=True)]
-
-    def child(self, *words: str) -> psutil.Process | None:
-        for process in psutil.Process(self.process.pid).children():
-            try:
-                if set(words) <= set(process.cmdline()):
-                    return process
-            except psutil.Error:
-                continue
-        return None
-
-    def end(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-    def assert_nothing_is_left(self) -> None:
-        wait_for(lambda: all(is_gone(pid) for pid in self.pids), f"the end of {self.pids}")
-
-    def token(self) -> str:
-        return json.loads((self.data_dir / "demo.json").read_text())["users"][0]["token"]
-
-    def request(self, path: str, body: dict[str, str] | None = None) -> tuple[int, str]:
-        response = httpx.request(
-            "POST" if body else "GET",
-            f"http://127.0.0.1:{self.env['WEB_PORT']}{path}",
-            json=body,
-            headers={"Authorization": f"Token {self.token()}"},
-            timeout=10,
-        )
-        return response.status_code, response.text
-
-    def counted_conversations(self) -> int:
-        return json.loads(self.request("/api/v1/analytics/summary")[1])["totals"]["conversations"]
-
-    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(command, cwd=BASE_DIR, env=self.env, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture
@@ -519,6 +437,20 @@ class TestUp:
 
         stack.start()
         wait_for(lambda: stack.counted_conversations() == 1, "the conversation counted")
+
+    @pytest.mark.needs_tool("prometheus")
+    def test_prometheus_scrapes_every_process(self, stack: Stack) -> None:
+        stack.start()
+        url = f"http://127.0.0.1:{stack.env['PROMETHEUS_PORT']}/api/v1/query"
+
+        def scraped() -> dict[str, int]:
+            answer = httpx.get(url, params={"query": "count by (job) (up == 1)"}).json()["data"]["result"]
+            return {series["metric"]["job"]: int(series["value"][1]) for series in answer}
+
+        wait_for(lambda: scraped() == {"web": 1, "relay": 1, "consumer": 3}, "all five scraped")
+        rules = httpx.get(url.removesuffix("query") + "rules").json()["data"]["groups"]
+        assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
+        assert len(rules) > 1
 
     @pytest.mark.apache_kafka
     def test_on_apache_kafka_and_a_second_ctrl_c(self, stack: Stack) -> None:

@@ -22,6 +22,7 @@ from voicehelper.devstack.child import Child
 from voicehelper.devstack.embedded_broker import EmbeddedBroker
 from voicehelper.devstack.log_stream import LogStream
 from voicehelper.devstack.postgres import EmbeddedPostgres
+from voicehelper.devstack.prometheus import Prometheus, is_installed
 from voicehelper.services import BASE_DIR, DATA_DIR, SERVICES_FILE, Services, write_services
 
 HOST = "127.0.0.1"
@@ -77,6 +78,7 @@ class Ports:
         self.kafka = _port("KAFKA_PORT", 9092)
         self.relay_metrics = _port("METRICS_PORT", 9101)  # the consumers' follow
         self.consumer_metrics = {name: self.relay_metrics + 1 + at for at, name in enumerate(CONSUMERS)}
+        self.prometheus = _port("PROMETHEUS_PORT", 9090)
 
     def check(self, kafka: str, *, wait_seconds: float) -> None:
         """Raise DevstackError, naming port and variable, unless all are free within `wait_seconds`."""
@@ -85,6 +87,8 @@ class Ports:
             (self.relay_metrics, "the relay's metrics", "METRICS_PORT"),
         ]
         wanted += [(port, f"{name}'s metrics", "METRICS_PORT") for name, port in self.consumer_metrics.items()]
+        if _starts_prometheus():
+            wanted.append((self.prometheus, "Prometheus", "PROMETHEUS_PORT"))
         if not os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
             wanted.append((self.kafka, "the Kafka broker", "KAFKA_PORT"))
             if kafka == "apache":
@@ -146,8 +150,17 @@ class Supervisor:
                 self.broker = ApacheKafka(DATA_DIR / "kafka", ports.kafka, output=output)
             else:
                 self.broker = EmbeddedBroker(ports.kafka, TOPICS, output=output)
+        self.prometheus: Prometheus | None = None
+        if _starts_prometheus():
+            targets = {
+                "web": [ports.web],
+                "relay": [ports.relay_metrics],
+                "consumer": [*ports.consumer_metrics.values()],
+            }
+            output = self.log.open("prometheus")
+            self.prometheus = Prometheus(DATA_DIR / "prometheus", ports.prometheus, targets, output=output)
         gunicorn = [sys.executable, "-m", "gunicorn", "--config=voicehelper/gunicorn.conf.py"]
-        self.web = self._child("web", [*gunicorn, "voicehelper.wsgi"], env={"WEB_PORT": str(ports.web)})
+        self.web = self._child("web", [*gunicorn, "voicehelper.wsgi"], env=self._web_environment())
         relay = [*MANAGE, "relay_outbox", f"--metrics-port={ports.relay_metrics}"]
         self.workers = [self._child("relay", relay)]
         for name, port in ports.consumer_metrics.items():
@@ -191,7 +204,10 @@ class Supervisor:
         self._prepare()
         for worker in self.workers:
             worker.start()
-        self.watched = [Watched(child) for child in (*servers, self.web, *self.workers)]
+        others = [self.prometheus] if self.prometheus else []
+        for other in others:
+            other.start()
+        self.watched = [Watched(child) for child in (*servers, self.web, *self.workers, *others)]
         self._wait_for_web()
         self.log.write(self._banner())
 
@@ -244,7 +260,7 @@ class Supervisor:
         # Consumers leave their groups and finish their transactions while broker and database are there.
         for children in (
             preparing,
-            [self.web],
+            [self.web, self.prometheus],
             self.workers[:1],
             self.workers[1:],
             [self.broker],
@@ -266,10 +282,23 @@ class Supervisor:
         if not self.stopping:
             self.stopping = True
             raise StopRequested
-        for child in (self.preparing, self.web, *self.workers, self.broker, self.postgres):
+        for child in (self.preparing, self.web, self.prometheus, *self.workers, self.broker, self.postgres):
             if child:
                 child.kill_without_waiting()
         os._exit(128 + number)
+
+    def _figures(self) -> str:
+        if self.prometheus:
+            return f"{self.prometheus.url}  (Prometheus; the admin shows them)"
+        if url := os.environ.get("PROMETHEUS_URL"):
+            return f"{url}  (PROMETHEUS_URL)"
+        return "none over time: install the program `prometheus` and start again"
+
+    def _web_environment(self) -> dict[str, str]:
+        environment = {"WEB_PORT": str(self.ports.web)}
+        if self.prometheus:
+            environment["PROMETHEUS_URL"] = self.prometheus.url
+        return environment
 
     def _child(self, name: str, command: Sequence[str], env: dict[str, str] | None = None) -> Child:
         env = {"PYTHONUNBUFFERED": "1", **(env or {})}
@@ -292,6 +321,7 @@ class Supervisor:
   Admin    {web}/admin/
   Metrics  {web}/metrics   relay :{self.ports.relay_metrics}, consumers \
 {", ".join(f":{port}" for port in self.ports.consumer_metrics.values())}
+  Figures  {self._figures()}
   Kafka    {self.broker.bootstrap_servers if self.broker else os.environ["KAFKA_BOOTSTRAP_SERVERS"]}
 
   Logins (demo tenants; the first one also opens the admin):
@@ -317,6 +347,11 @@ def _port(variable: str, default: int) -> int:
     if not text.isdecimal() or not 0 < int(text) < 65_000:
         raise DevstackError(f"{variable}={text} is not a port number")
     return int(text)
+
+
+def _starts_prometheus() -> bool:
+    """Where the program is there, unless the environment names one that runs already."""
+    return is_installed() and not os.environ.get("PROMETHEUS_URL")
 
 
 def _is_free(port: int) -> bool:

@@ -1,19 +1,31 @@
 """Tenants and users in the admin. New ones go through the services, so that their events are emitted."""
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from django.contrib import admin
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
-from django.contrib.auth.forms import UserCreationForm
 from django.db.models import Model
 from django.http import HttpRequest
+
+from events_outbox.admin.read_only import ModelAdmin
 
 from .models import Tenant, User
 from .services import create_tenant, register_user
 
+if TYPE_CHECKING:
+    from django.contrib.auth.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+else:
+    from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+
+
+class NewUserForm(UserCreationForm):  # type: ignore[type-arg]
+    """With a password always: the usual form also makes users without one."""
+
+    usable_password = None
+
 
 @admin.register(Tenant)
-class TenantAdmin(admin.ModelAdmin):  # type: ignore[type-arg]  # not subscriptable at runtime
+class TenantAdmin(ModelAdmin):
     list_display = ["name", "id", "created_at"]
     search_fields = ["name"]
     readonly_fields = ["id", "created_at"]
@@ -29,14 +41,16 @@ class TenantAdmin(admin.ModelAdmin):  # type: ignore[type-arg]  # not subscripta
 
 
 @admin.register(User)
-class UserAdmin(DjangoUserAdmin):  # type: ignore[type-arg]  # not subscriptable at runtime
+class UserAdmin(DjangoUserAdmin, ModelAdmin):  # type: ignore[type-arg]  # not subscriptable at runtime
     list_display = ["username", "tenant", "role", "is_active", "is_staff"]
     list_filter = ["role", "is_active", "is_staff"]
     list_select_related = ["tenant"]
     search_fields = ["username", "email", "tenant__name"]
     autocomplete_fields = ["tenant"]
     fieldsets = (*(DjangoUserAdmin.fieldsets or ()), ("Tenant", {"fields": ("tenant", "role")}))
-    add_form = UserCreationForm  # Django's default one also makes users without a password
+    form = UserChangeForm
+    change_password_form = AdminPasswordChangeForm
+    add_form = NewUserForm
     add_fieldsets = ((None, {"fields": ("tenant", "role", "username", "password1", "password2")}),)
 
     def get_form(self, request: HttpRequest, obj: User | None = None, change: bool = False, **kwargs: Any) -> Any:

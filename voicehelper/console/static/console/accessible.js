@@ -1,0 +1,40 @@
+// The theme makes buttons of some spans and divs. Here they become buttons for the keyboard and for screen readers too,
+// and its icons, which are words set in a font of pictures, are kept from being read out.
+const LABELS = {
+  dock_to_right: "Show or hide the navigation",
+  close: "Close",
+  unfold_more: "Account and theme",
+  visibility: "Show or hide the password",
+  chevron_right: "Show or hide",
+};
+const CONTROLS = "a[href], button, input, select, textarea, summary, label";
+
+function hideIcons(root) {
+  for (const icon of root.querySelectorAll(".material-symbols-outlined")) {
+    if (!icon.hasAttribute("x-on:click")) icon.setAttribute("aria-hidden", "true");
+  }
+}
+
+function makeButton(element) {
+  const icon = element.matches(".material-symbols-outlined") ? element : element.querySelector(".material-symbols-outlined");
+  element.setAttribute("role", "button");
+  element.setAttribute("tabindex", "0");
+  const words = [...element.childNodes].some((node) => node !== icon && node.textContent.trim());
+  if (icon && (icon === element || !words)) {
+    element.setAttribute("aria-label", LABELS[icon.textContent.trim()] || icon.textContent.trim().replaceAll("_", " "));
+  }
+  element.addEventListener("keydown", (event) => {
+    if (event.target === element && (event.key === "Enter" || event.key === " ")) {
+      event.preventDefault();
+      element.click();
+    }
+  });
+}
+
+document.addEventListener("DOMContentLoaded", () => {
+  for (const element of document.querySelectorAll("[x-on\\:click]")) {
+    const isBackdrop = element.id === "changelist-filter-close";
+    if (!element.matches(CONTROLS) && !element.querySelector(CONTROLS) && !isBackdrop) makeButton(element);
+  }
+  hideIcons(document);
+});
