@@ -19,6 +19,7 @@ ACTIONS = (
     "relay.paused",
     "relay.resumed",
     "offsets.reset",
+    "events.exported",
 )
 """What the audit trail speaks of."""
 
