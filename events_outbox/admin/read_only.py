@@ -1,14 +1,13 @@
 """What all pages have in common: rows to look at, whose they are, what an operator may do."""
 
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
 from django.db import models
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.utils.module_loading import import_string
@@ -152,17 +151,9 @@ def _with_buttons(answer: HttpResponse, place: str, buttons: list[tuple[str, str
 class EventIdAdmin(ReadOnlyAdmin):
     """Rows are found by an event id, in a table whose index begins with the consumer."""
 
-    search_fields = ("event_id",)
+    exact_search = ("event_id",)
     search_help_text = "an event id, whole"
 
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
-    ) -> tuple[QuerySet[Any], bool]:
-        if not search_term.strip():
-            return queryset, False
-        try:
-            event_id = UUID(search_term.strip())
-        except ValueError:
-            return queryset.none(), False
+    def exact_conditions(self, term: str) -> list[Q]:
         names = [consumer.name for consumer in consumers()]
-        return queryset.filter(event_id=event_id, consumer__in=names), False
+        return [condition & Q(consumer__in=names) for condition in super().exact_conditions(term)]
