@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any, TypeVar
 
 from django.db import OperationalError, connection, transaction
@@ -151,7 +152,5 @@ def emitted_per_minute() -> Chart:
     with connection.cursor() as cursor:
         cursor.execute(_FIRST_IDS_SQL, [moments])
         first = dict(cursor.fetchall())
-    counts: list[float | None] = [
-        float(max(first[end] - first[start], 0)) for start, end in zip(moments, moments[1:], strict=False)
-    ]
+    counts: list[float | None] = [float(max(first[end] - first[start], 0)) for start, end in pairwise(moments)]
     return Chart([moment.timestamp() for moment in moments[1:]], [Line("Emitted per minute", counts)])

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 
 from monitoring import metrics
 from monitoring.prometheus import Alert, FiringAlerts, Instant, Range, Round, Sample, Series, Unanswered
@@ -82,10 +82,6 @@ class Line:
     def last(self) -> float | None:
         return next((value for value in reversed(self.values) if value is not None), None)
 
-    @property
-    def most(self) -> float | None:
-        return max((value for value in self.values if value is not None), default=None)
-
 
 @dataclass(frozen=True)
 class Chart:
@@ -94,13 +90,6 @@ class Chart:
     times: Sequence[float] = ()
     lines: Sequence[Line] = ()
     missing: str = ""
-
-    def rows(self) -> list[tuple[datetime, list[float | None]]]:
-        """Every tenth minute, for a table."""
-        at = range(len(self.times) - 1, -1, -10)
-        return [
-            (datetime.fromtimestamp(self.times[i], UTC), [line.values[i] for line in self.lines]) for i in reversed(at)
-        ]
 
 
 @dataclass(frozen=True)
