@@ -20,17 +20,17 @@ class StatusFilter(admin.SimpleListFilter):
         return [(status, status) for status in ("pending", "published", "undeliverable", "discarded")]
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
-        if self.value() == "pending":
-            return queryset.pending(RelayCursor.read())  # type: ignore[attr-defined, no-any-return]
-        if self.value() == "published":
-            # For each row by index: as a join it may read all that was ever parked.
-            parked = UndeliverableEvent.objects.filter(event=OuterRef("pk")).values("pk")[:1]
-            return _past(queryset).alias(parked_as=Subquery(parked)).filter(parked_as__isnull=True)
-        if self.value() == "undeliverable":
-            return queryset.filter(undeliverable__isnull=False, undeliverable__discarded_at__isnull=True)
-        if self.value() == "discarded":
-            return queryset.filter(undeliverable__discarded_at__isnull=False)
-        return queryset
+        events: Any = queryset
+        match self.value():
+            case "pending":
+                events = events.pending(RelayCursor.read())
+            case "published":
+                events = events.past(RelayCursor.read()).alias(parked=_parked()).filter(parked__isnull=True)
+            case "undeliverable":
+                events = events.alias(parked=_parked(discarded_at__isnull=True)).filter(parked__isnull=False)
+            case "discarded":
+                events = events.alias(parked=_parked(discarded_at__isnull=False)).filter(parked__isnull=False)
+        return events  # type: ignore[no-any-return]
 
     def keys(self) -> QuerySet[Any] | None:
         """In the order of the index, which keeps the planner from reading the table until it comes to the first one."""
@@ -46,8 +46,9 @@ class StatusFilter(admin.SimpleListFilter):
         return rows
 
 
-def _past(events: QuerySet[Any]) -> QuerySet[Any]:
-    return events.past(RelayCursor.read())  # type: ignore[attr-defined, no-any-return]
+def _parked(**conditions: bool) -> Subquery:
+    """Looked up for each event, by index: a join may read all that was ever parked."""
+    return Subquery(UndeliverableEvent.objects.filter(event=OuterRef("pk"), **conditions).values("pk")[:1])
 
 
 @admin.register(OutboxEvent)
