@@ -63,6 +63,9 @@ class OutboxSettings:
     """How often a standby relay tries to become the leader."""
     LEADER_SESSION_TIMEOUT_SECONDS: int = 10
     """A leader that is frozen, or whose host is lost, loses its database session, and so the lead, after this."""
+    ADMIN_TENANT: str | None = None
+    """Dotted path of a function `(user) -> str | None`: the only tenant whose rows the user sees in the admin, or None
+    for one who sees all. Without it every user of the admin does."""
 
     def __post_init__(self) -> None:
         for name in ("BATCH_SIZE", "CONSUMER_BATCH_SIZE"):

@@ -49,6 +49,7 @@ class RelayCursor(models.Model):
 
     class Meta:
         verbose_name = verbose_name_plural = "relay cursor"
+        permissions = [("pause_relay", "Can pause and resume the relay")]
         constraints = [models.CheckConstraint(condition=Q(id=1), name="relay_cursor_is_one_row")]
 
     def __str__(self) -> str:
@@ -121,6 +122,11 @@ class OutboxEvent(models.Model):
 
     class Meta:
         verbose_name = "event"
+        permissions = [
+            ("view_payload", "Can read the payload of events"),
+            ("replay_events", "Can replay events"),
+            ("export_events", "Can export lists as CSV"),
+        ]
         ordering = ["-id"]
         # Few, since every emit pays for each. Not `db_index`, which adds a second one for LIKE.
         indexes = [
@@ -160,6 +166,10 @@ class UndeliverableEvent(models.Model):
 
     class Meta:
         verbose_name = "undeliverable event"
+        permissions = [
+            ("redrive_undeliverableevent", "Can redrive undeliverable events"),
+            ("discard_undeliverableevent", "Can discard undeliverable events"),
+        ]
         ordering = ["-id"]
         indexes = [
             models.Index(fields=["topic", "aggregate_id"], name="undeliverable_key"),
@@ -322,6 +332,10 @@ class DeadLetter(models.Model):
 
     class Meta:
         verbose_name = "dead letter"
+        permissions = [
+            ("replay_deadletter", "Can replay dead letters"),
+            ("discard_deadletter", "Can discard dead letters"),
+        ]
         ordering = ["-id"]
         constraints = [models.UniqueConstraint(fields=["consumer", "event_id"], name="dead_letter_once")]
         # By the key's hash: a key can be longer than an index entry may be.
@@ -364,6 +378,7 @@ class ConsumerPause(models.Model):
 
     class Meta:
         verbose_name = "consumer pause"
+        permissions = [("pause_consumer", "Can pause and resume consumers")]
         ordering = ["consumer"]
 
     def __str__(self) -> str:

@@ -19,7 +19,11 @@ ACTIONS = (
     "relay.paused",
     "relay.resumed",
     "offsets.reset",
+    "events.replayed",
     "events.exported",
+    "undeliverable.redriven",
+    "undeliverable.discarded",
+    "payload.viewed",
 )
 """What the audit trail speaks of."""
 

@@ -168,6 +168,7 @@ EVENTS_OUTBOX: dict[str, Any] = {
     "KAFKA_IS_EMBEDDED": SERVICES.kafka_is_embedded,
     # A consumer that died keeps its partitions for so long; a live one says so from a thread of its own.
     "KAFKA_CONSUMER": {"session.timeout.ms": _session_ms, "heartbeat.interval.ms": _session_ms // 4},
+    "ADMIN_TENANT": "voicehelper.console.roles.admin_tenant",
     "ACKS": os.environ.get("KAFKA_ACKS", "all"),
     "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
 }

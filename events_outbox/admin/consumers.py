@@ -22,6 +22,7 @@ from .texts import exact_time
 
 @admin.register(ProcessedEvent)
 class ProcessedEventAdmin(EventIdAdmin):
+    tenant_field = None
     list_display = ("processed", "consumer", "event")
     list_filter = (ConsumerFilter,)
     time_field = "processed_at"
@@ -48,6 +49,7 @@ class PauseForm(forms.ModelForm):  # type: ignore[type-arg]
 
 @admin.register(ConsumerPause)
 class ConsumerPauseAdmin(ReadOnlyAdmin):
+    tenant_field = None
     list_display = ("consumer", "paused", "paused_by", "reason")
     ordering = ("consumer",)
     form = PauseForm
@@ -85,6 +87,7 @@ class ActionFilter(ChoiceFilter):
 
 @admin.register(OperatorAction)
 class OperatorActionAdmin(ReadOnlyAdmin):
+    tenant_field = None
     list_display = ("happened", "action", "consumer", "linked_subject", "by", "why")
     list_filter = (ConsumerFilter, ActionFilter)
     time_field = "at"

@@ -10,6 +10,7 @@ from .read_only import ReadOnlyAdmin
 
 @admin.register(RelayCursor)
 class RelayCursorAdmin(ReadOnlyAdmin):
+    tenant_field = None
     list_display = ("__str__", "leader", "leader_since", "heartbeat_at", "pending", "events_per_second", "last_error")
     fields = (
         "leader",

@@ -39,6 +39,7 @@ class OpenFilter(admin.SimpleListFilter):
 
 @admin.register(UndeliverableEvent)
 class UndeliverableEventAdmin(ReadOnlyAdmin):
+    tenant_field = "event__tenant_id"
     list_display = ("parked", "state", "reason", "event_type", "event_id_cell", "aggregate", "topic")
     list_filter = (OpenFilter, TopicFilter, ErrorNameFilter)
     list_defer = ("event__value", "event__baggage")

@@ -17,7 +17,7 @@ def set_outbox(settings, **values):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"BATCHSIZE": 1}, "no key 'BATCHSIZE'; it knows ACKS, BATCH_SIZE"),
+        ({"BATCHSIZE": 1}, "no key 'BATCHSIZE'; it knows ACKS, ADMIN_TENANT"),
         ({"BATCH_SIZE": "500"}, "must be a int"),
         ({"BATCH_SIZE": True}, "must be a int"),
         ({"BATCH_SIZE": 0}, "1 to 10000"),
