@@ -14,6 +14,7 @@ from monitoring import metrics
 from .handlers import consumers
 from .leader import APPLICATION_NAME, LOCK_KEY
 from .models import ConsumerPause, DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent
+from .pauses import relay_pause
 
 SCRAPE_SECONDS = 3
 COUNT_LIMIT = 100_000
@@ -65,10 +66,10 @@ class OutboxStatus:
     """The state at one moment.
 
     None: `oldest_pending_age_seconds` when nothing is pending; `leader`, `leader_host`, `leader_pid`, `leader_since`
-    when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none.
-    `undeliverable` counts the open ones. `lock_held_by` is the application name of whoever holds the leader's lock
-    without being a relay, e.g. replay_outbox; empty otherwise. Where `cursor_is_of_this_cluster` is false, `pending`
-    says nothing.
+    when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none;
+    `relay_paused_at` when no operator has paused the relay. `undeliverable` counts the open ones. `lock_held_by` is the
+    application name of whoever holds the leader's lock without being a relay, e.g. replay_outbox; empty otherwise.
+    Where `cursor_is_of_this_cluster` is false, `pending` says nothing.
     """
 
     leader: str | None
@@ -82,6 +83,9 @@ class OutboxStatus:
     oldest_pending_age_seconds: float | None
     events_per_second: float
     last_error: str
+    relay_paused_at: datetime | None
+    relay_paused_by: str
+    relay_pause_reason: str
     open_transactions: int
     oldest_open_transaction: OpenTransaction | None
     undeliverable: int
@@ -103,12 +107,16 @@ class OutboxStatus:
         if not self.cursor_is_of_this_cluster:
             return "the cursor is that of another database cluster: what is pending shows when a relay leads here"
         if self.oldest_pending_age_seconds is not None and self.oldest_pending_age_seconds > older_than_seconds:
-            error = f" (the relay says: {self.last_error})" if self.last_error else ""
             age = f"{self.oldest_pending_age_seconds:.0f} s old, more than {older_than_seconds:.0f} s"
-            return f"the oldest of {self.pending} pending events is {age}{error}"
+            return f"the oldest of {self.pending} pending events is {age}{self._why()}"
         if self.pending and self.leader is None:
             return f"{self.pending} events are pending and no relay leads"
         return None
+
+    def _why(self) -> str:
+        if self.relay_paused_at is not None:
+            return f" (the relay is paused by {self.relay_paused_by}: {self.relay_pause_reason})"
+        return f" (the relay says: {self.last_error})" if self.last_error else ""
 
 
 def read_status(count_limit: int | None = None) -> OutboxStatus:
@@ -121,6 +129,7 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
     transactions = open_transactions()
     undeliverable = UndeliverableEvent.objects.open()
     dead_letters = open_dead_letters()
+    pause = relay_pause()
     now = datetime.now(UTC)
     return OutboxStatus(
         leader=cursor.leader if leads else None,
@@ -134,6 +143,9 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
         oldest_pending_age_seconds=max((now - oldest).total_seconds(), 0.0) if oldest else None,
         events_per_second=cursor.events_per_second if leads else 0.0,
         last_error=cursor.last_error,
+        relay_paused_at=pause.paused_at if pause else None,
+        relay_paused_by=pause.paused_by if pause else "",
+        relay_pause_reason=pause.reason if pause else "",
         open_transactions=len(transactions),
         oldest_open_transaction=transactions[0] if transactions else None,
         undeliverable=undeliverable.count(),
@@ -270,6 +282,7 @@ class StatusCollector(Collector):
         for name in (consumer.name for consumer in consumers()):
             paused.add_metric([name], name in pauses)
         yield paused
+        yield metrics.OUTBOX_RELAY_PAUSED(value=relay_pause() is not None)
         marks = processed_marks()
         yield metrics.PROCESSED_EVENTS_ROWS(value=marks.rows)
         yield metrics.PROCESSED_EVENTS_BYTES(value=marks.bytes)
