@@ -120,7 +120,7 @@ class OutboxStatus:
 
 
 def read_status(count_limit: int | None = None) -> OutboxStatus:
-    """Read the state now. `count_limit`: stop counting pending events there; None counts them all."""
+    """Read the state now. `count_limit`: stop counting there, of each kind; None counts them all."""
     cursor = RelayCursor.read()
     pending, oldest = count_pending(cursor, count_limit)
     holder, standbys = _relays()
@@ -128,7 +128,8 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
     host, _, pid = cursor.leader.rpartition(":")
     transactions = open_transactions()
     undeliverable = UndeliverableEvent.objects.open()
-    dead_letters = open_dead_letters()
+    discarded = UndeliverableEvent.objects.filter(discarded_at__isnull=False)
+    dead_letters = open_dead_letters(count_limit)
     pause = relay_pause()
     now = datetime.now(UTC)
     return OutboxStatus(
@@ -148,9 +149,9 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
         relay_pause_reason=pause.reason if pause else "",
         open_transactions=len(transactions),
         oldest_open_transaction=transactions[0] if transactions else None,
-        undeliverable=undeliverable.count(),
-        undeliverable_to_redrive=undeliverable.filter(redrive_requested_at__isnull=False).count(),
-        undeliverable_discarded=UndeliverableEvent.objects.filter(discarded_at__isnull=False).count(),
+        undeliverable=undeliverable[:count_limit].count(),
+        undeliverable_to_redrive=undeliverable.filter(redrive_requested_at__isnull=False)[:count_limit].count(),
+        undeliverable_discarded=discarded[:count_limit].count(),
         dead_letters=dead_letters,
         consumers=consumer_states(dead_letters),
         processed_marks=processed_marks(),
@@ -202,8 +203,15 @@ def count_pending(cursor: RelayCursor, limit: int | None = None) -> tuple[int, d
     return found["count"], found["oldest"]
 
 
-def open_dead_letters() -> dict[str, int]:
-    """Return the number of open dead letters of each consumer that has some."""
+def open_dead_letters(limit: int | None = None) -> dict[str, int]:
+    """Return the number of open dead letters of each consumer that has some.
+
+    With a limit, of the registered consumers alone: of each at most so many are counted.
+    """
+    if limit is not None:
+        letters = DeadLetter.objects.open().order_by()
+        found = {consumer.name: letters.filter(consumer=consumer.name)[:limit].count() for consumer in consumers()}
+        return {name: count for name, count in found.items() if count}
     counts = DeadLetter.objects.open().order_by("consumer").values_list("consumer").annotate(Count("id"))
     return dict(counts)
 
