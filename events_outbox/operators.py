@@ -23,8 +23,6 @@ ACTIONS = (
     "events.exported",
     "undeliverable.redriven",
     "undeliverable.discarded",
-    "relay.paused",
-    "relay.resumed",
     "payload.viewed",
 )
 """What the audit trail speaks of."""

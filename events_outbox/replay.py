@@ -7,6 +7,7 @@ event must not reach a consumer before the older ones of its key.
 """
 
 import contextlib
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,12 +25,15 @@ from .exceptions import LeadershipLost
 from .handlers import consumers
 from .leader import LOCK_KEY, Parked, open_session
 from .models import OutboxEvent, OutboxEventQuerySet, ProcessedEvent, RelayCursor
+from .operators import note_action
 from .publisher import Publisher
 from .window import Row, read_page
 
 APPLICATION_NAME = "replay_outbox"
 STOP_GRACE_SECONDS = 2.0
 LOCK_SECONDS = 1.0
+NOTED_IDS = 500
+"""Values of one option that the audit trail keeps."""
 CLOCK_SLACK = timedelta(hours=1)
 """How far `created_at` may fall behind the order of ids: a clock that was set, a statement that ran long."""
 
@@ -87,6 +91,29 @@ class Selection:
         if self.unhandled:
             events = events.filter(_unhandled())
         return events
+
+    def options(self) -> dict[str, Any]:
+        """What chooses events, as far as it is given: the options of `replay_outbox`, with their values."""
+        options = {
+            "--since": self.since,
+            "--until": self.until,
+            "--event-type": self.event_types,
+            "--aggregate-id": self.aggregate_ids,
+            "--tenant-id": self.tenant_ids,
+            "--event-id": self.event_ids,
+            "--unhandled": self.unhandled,
+        }
+        return {option: value for option, value in options.items() if value}
+
+    def command(self, after_id: int = 0) -> str:
+        """The command that publishes these events again. Times are absolute there: an age means another time later."""
+        arguments = []
+        for option, value in self.options().items():
+            for one in value if isinstance(value, list | tuple) else [value]:
+                text = one.isoformat() if isinstance(one, datetime) else str(one)
+                arguments.append(option if one is True else f"{option}={shlex.quote(text)}")
+        chosen = " ".join(arguments or ["--all"])
+        return f"python manage.py replay_outbox {chosen}" + (f" --after-id {after_id}" if after_id else "")
 
 
 def of_types(event_types: Sequence[str]) -> Q:
@@ -208,6 +235,27 @@ class Replay:
             raise ReplayStopped from None
         finally:
             publisher.close()
+
+    def note(self, *, by: str, reason: str = "") -> None:
+        """Write what was published again, and what had been asked for, into the audit trail."""
+        chosen = {
+            option.removeprefix("--"): [str(one) for one in value[:NOTED_IDS]]
+            if isinstance(value, list | tuple)
+            else str(value)
+            for option, value in self._selection.options().items()
+        }
+        note_action(
+            "events.replayed",
+            consumer="",
+            subject=f"{self.published} events",
+            by=by,
+            reason=reason,
+            published=self.published,
+            selected=self.total,
+            first_id=self.outer_ids[0] if self.outer_ids else None,
+            last_id=self.last_id,
+            filter=chosen,
+        )
 
     def _select(self) -> None:
         """Declare the cursor over the selected ids, and count them."""

@@ -14,9 +14,13 @@ from django.db.models import Exists, OuterRef
 from django.utils import timezone
 
 from .models import UndeliverableEvent, UndeliverableEventQuerySet
+from .operators import note_action
 from .publisher import BEHIND
 
 logger = logging.getLogger(__name__)
+
+NOTED_IDS = 500
+"""Events of one discard that the audit trail lists."""
 
 
 class ActionRefused(Exception):
@@ -39,13 +43,24 @@ class Discarded:
     redriven: Redriven
 
 
-def redrive(chosen: UndeliverableEventQuerySet, *, by: str, dry_run: bool = False) -> Redriven:
+def redrive(
+    chosen: UndeliverableEventQuerySet, *, by: str, dry_run: bool = False, chosen_by: str = ""
+) -> Redriven:
     """Ask the relay to publish the keys of the chosen events, each whole and in order. It does within seconds.
 
-    `by`: the operator, for the log. Discarded events among the chosen are left out: see `with_ids()`.
+    `by`: the operator; `chosen_by`: how the events were chosen, in words; both for the audit trail. Discarded events among the chosen are left out: see `with_ids()`.
     """
     with transaction.atomic():
         redriven = _request_redrive(_same_keys(chosen.open()), dry_run)
+        if not dry_run and redriven.events:
+            note_action(
+                "undeliverable.redriven",
+                consumer="",
+                subject=chosen_by or "undeliverable events",
+                by=by,
+                events=redriven.events,
+                keys=redriven.keys,
+            )
     if not dry_run and redriven.events:
         logger.info("redrive requested", extra={"events": redriven.events, "keys": redriven.keys, "by": by})
     return redriven
@@ -70,6 +85,16 @@ def discard(ids: Collection[int], *, reason: str, by: str, dry_run: bool = False
         if not dry_run:
             UndeliverableEvent.objects.filter(pk__in=ids).update(
                 discarded_at=timezone.now(), discarded_by=by[:150], discard_reason=reason.strip()
+            )
+            note_action(
+                "undeliverable.discarded",
+                consumer="",
+                subject=f"undeliverable {_listed(sorted(ids))}",
+                by=by,
+                reason=reason.strip(),
+                events=discarded.events,
+                redriven=discarded.redriven.events,
+                event_ids=[parked.event_id for parked in chosen[:NOTED_IDS]],
             )
     if not dry_run:
         for parked in chosen:

@@ -14,6 +14,7 @@ from events_outbox.handlers import consumers
 from events_outbox.models import ConsumerPause, OperatorAction, ProcessedEvent
 from events_outbox.operators import ACTIONS
 
+from .cells import moment, short_id
 from .filters import ChoiceFilter, ConsumerFilter
 from .read_only import EventIdAdmin, ReadOnlyAdmin
 from .texts import exact_time
@@ -22,8 +23,18 @@ from .texts import exact_time
 @admin.register(ProcessedEvent)
 class ProcessedEventAdmin(EventIdAdmin):
     tenant_field = None
-    list_display = ("event_id", "consumer", "processed_at")
+    list_display = ("processed", "consumer", "event")
     list_filter = (ConsumerFilter,)
+    time_field = "processed_at"
+    export_fields = ("id", "processed_at", "consumer", "event_id")
+
+    @admin.display(description="processed")
+    def processed(self, mark: ProcessedEvent) -> str:
+        return moment(mark.processed_at)
+
+    @admin.display(description="event id")
+    def event(self, mark: ProcessedEvent) -> str:
+        return short_id(mark.event_id)
 
 
 class PauseForm(forms.ModelForm):  # type: ignore[type-arg]
@@ -79,6 +90,10 @@ class OperatorActionAdmin(ReadOnlyAdmin):
     tenant_field = None
     list_display = ("happened", "action", "consumer", "linked_subject", "by", "why")
     list_filter = (ConsumerFilter, ActionFilter)
+    time_field = "at"
+    exact_search = ("subject",)
+    search_help_text = "what it was done to, whole"
+    export_fields = ("id", "at", "action", "consumer", "subject", "by", "reason")
     fields = ("happened", "action", "consumer", "linked_subject", "by", "reason", "detail")
 
     @admin.display(description="at", ordering="id")

@@ -7,7 +7,6 @@ from django.contrib import admin, messages
 from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
-from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 
 from events_outbox import letter_actions
@@ -16,7 +15,8 @@ from events_outbox.handlers import consumers
 from events_outbox.letter_actions import ReplayRefused
 from events_outbox.models import DeadLetter, OperatorAction, OutboxEvent
 
-from .filters import ConsumerFilter, EventTypeFilter, TenantFilter
+from .cells import moment, one_line
+from .filters import ConsumerFilter, EventTypeFilter, FieldChoiceFilter, TenantFilter
 from .read_only import EventIdAdmin
 from .texts import exact_time, readable
 
@@ -37,19 +37,49 @@ class StateFilter(admin.SimpleListFilter):
             return queryset.filter(resolution="" if self.value() == "open" else self.value())
         return queryset
 
+    def keys(self) -> QuerySet[Any] | None:
+        """In the order of their index: the planner might read all the closed ones to find the few that are open."""
+        is_open = self.value() == "open"
+        return DeadLetter.objects.open().order_by("consumer", "topic").values_list("pk", flat=True) if is_open else None
+
+
+class ReasonFilter(FieldChoiceFilter):
+    title = parameter_name = field = "reason"
+
 
 @admin.register(DeadLetter)
 class DeadLetterAdmin(EventIdAdmin):
     list_display = (
-        "id",
-        "failed_when",
+        "kept_cell",
         "consumer",
         "event_type",
         "short_reason",
         "letter_state",
         "short_error",
     )
-    list_filter = (StateFilter, ConsumerFilter, "reason", EventTypeFilter, TenantFilter)
+    list_filter = (StateFilter, ConsumerFilter, ReasonFilter, EventTypeFilter, TenantFilter)
+    list_defer = ("value", "headers", "history", "traceback")
+    time_field = "created_at"
+    export_fields = (
+        "id",
+        "created_at",
+        "failed_at",
+        "consumer",
+        "event_id",
+        "event_type",
+        "tenant_id",
+        "topic",
+        "partition",
+        "offset",
+        "reason",
+        "letter_state",
+        "error",
+        "attempts",
+        "replays",
+        "resolved_at",
+        "resolved_by",
+        "resolution_reason",
+    )
     fields = (
         "letter_state",
         "consumer",
@@ -80,15 +110,15 @@ class DeadLetterAdmin(EventIdAdmin):
 
     @admin.display(description="error")
     def short_error(self, letter: DeadLetter) -> str:
-        return letter.error[:60]
+        return one_line(letter.error)
 
     @admin.display(description="reason", ordering="reason")
     def short_reason(self, letter: DeadLetter) -> str:
         return letter.reason
 
-    @admin.display(description="failed", ordering="failed_at")
-    def failed_when(self, letter: DeadLetter) -> str:
-        return timezone.localtime(letter.failed_at).isoformat(sep=" ", timespec="seconds")
+    @admin.display(description="kept since")
+    def kept_cell(self, letter: DeadLetter) -> str:
+        return moment(letter.created_at)
 
     @admin.display(description="failed")
     def failed(self, letter: DeadLetter) -> str:

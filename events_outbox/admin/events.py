@@ -1,16 +1,14 @@
 """The list of events."""
 
-import contextlib
-import uuid
 from typing import Any
 
 from django.contrib import admin
-from django.db import models
 from django.db.models import QuerySet
 from django.http import HttpRequest
 
-from events_outbox.models import OutboxEvent, RelayCursor
+from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
 
+from .cells import moment, short_id
 from .event_page import EventPage
 from .filters import EventTypeFilter, TenantFilter, TopicFilter
 
@@ -32,22 +30,56 @@ class StatusFilter(admin.SimpleListFilter):
             return queryset.filter(undeliverable__discarded_at__isnull=False)
         return queryset
 
+    def keys(self) -> QuerySet[Any] | None:
+        """In the order of the index, which keeps the planner from reading the table until it comes to the first one."""
+        parked = UndeliverableEvent.objects.order_by("-id").values_list("event_id", flat=True)
+        rows: QuerySet[Any] | None = None
+        if self.value() == "pending":
+            rows = OutboxEvent.objects.pending(RelayCursor.read()).order_by("transaction_id", "id")
+            rows = rows.values_list("pk", flat=True)
+        elif self.value() == "undeliverable":
+            rows = parked.filter(discarded_at__isnull=True)
+        elif self.value() == "discarded":
+            rows = parked.filter(discarded_at__isnull=False)
+        return rows
+
 
 @admin.register(OutboxEvent)
 class OutboxEventAdmin(EventPage):
-    list_display = ("created", "event_type", "status", "aggregate_id", "tenant_id", "topic", "event_id")
-    list_display_links = ("created", "event_id")
+    list_display = ("created_cell", "event_type", "status", "aggregate", "tenant", "topic", "event")
+    list_display_links = ("created_cell", "event")
     list_filter = (StatusFilter, EventTypeFilter, TopicFilter, TenantFilter)
     list_select_related = ("undeliverable",)
-    search_fields = ("event_id",)
+    list_defer = ("value", "baggage")
+    time_field = "created_at"
+    exact_search = ("event_id", "aggregate_id", "correlation_id")
     search_help_text = "an event id, aggregate id or correlation id, whole"
+    export_fields = (
+        "id",
+        "created_at",
+        "event_id",
+        "event_type",
+        "event_version",
+        "status",
+        "aggregate_id",
+        "tenant_id",
+        "topic",
+        "correlation_id",
+        "traceparent",
+    )
 
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
-    ) -> tuple[QuerySet[Any], bool]:
-        if not (term := search_term.strip()):
-            return queryset, False
-        found = models.Q(aggregate_id=term) | models.Q(correlation_id=term)
-        with contextlib.suppress(ValueError):
-            found |= models.Q(event_id=uuid.UUID(term))
-        return queryset.filter(found), False
+    @admin.display(description="created")
+    def created_cell(self, event: OutboxEvent) -> str:
+        return moment(event.created_at)
+
+    @admin.display(description="aggregate")
+    def aggregate(self, event: OutboxEvent) -> str:
+        return short_id(event.aggregate_id)
+
+    @admin.display(description="tenant")
+    def tenant(self, event: OutboxEvent) -> str:
+        return short_id(event.tenant_id)
+
+    @admin.display(description="event id")
+    def event(self, event: OutboxEvent) -> str:
+        return short_id(event.event_id)

@@ -1,4 +1,4 @@
-"""Filters whose choices cost nothing."""
+"""Filters whose choices cost nothing. One that an index serves gives the keys it leaves, as `keys()`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +24,14 @@ class ChoiceFilter(admin.SimpleListFilter):
         return queryset.filter(**{self.field: self.value()}) if self.value() else queryset
 
 
+class FieldChoiceFilter(ChoiceFilter):
+    """The choices of the model's field."""
+
+    def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
+        choices = model_admin.model._meta.get_field(self.field).choices
+        return [(value, str(label)) for value, label in choices]
+
+
 class EventTypeFilter(ChoiceFilter):
     title, parameter_name, field = "event type", "event_type", "event_type"
     choices_of = staticmethod(lambda: sorted({entry.name for entry in event_types()}))
@@ -39,15 +47,28 @@ class ConsumerFilter(ChoiceFilter):
     choices_of = staticmethod(lambda: [consumer.name for consumer in consumers()])
 
 
-class TenantFilter(admin.SimpleListFilter):
-    """A text box: there are too many tenants for a list of links."""
+class TextFilter(admin.SimpleListFilter):
+    """A text box: there are too many values for a list."""
 
-    title, parameter_name = "tenant", "tenant_id"
-    template = "admin/events_outbox/text_filter.html"
+    field = ""
+    is_text = True
 
     def lookups(self, request: HttpRequest, model_admin: Any) -> list[tuple[str, str]]:
-        self.other_parameters = [(name, value) for name, value in request.GET.items() if name != "tenant_id"]
-        return [("", "")]
+        return []
+
+    def has_output(self) -> bool:
+        return True
 
     def queryset(self, request: HttpRequest, queryset: QuerySet[Any]) -> QuerySet[Any]:
-        return queryset.filter(tenant_id=self.value()) if self.value() else queryset
+        value = (self.value() or "").replace("\0", "").strip()
+        return queryset.filter(**{self.field: value}) if value else queryset
+
+
+class TenantFilter(TextFilter):
+    title, parameter_name, field = "tenant", "tenant_id", "tenant_id"
+
+
+class ErrorNameFilter(TextFilter):
+    """Why the broker refused it: one of librdkafka's many names, or "behind"."""
+
+    title = parameter_name = field = "reason"

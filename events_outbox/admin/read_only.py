@@ -1,13 +1,13 @@
-"""What all pages have in common: rows to look at, what an operator may do, the question why."""
+"""What all pages have in common: rows to look at, whose they are, what an operator may do."""
 
-from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
+from django.contrib.contenttypes.models import ContentType
+from django.core.exceptions import PermissionDenied
 from django.db import models
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.utils.module_loading import import_string
@@ -80,59 +80,80 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
 
-    def has_operate_permission(self, request: HttpRequest) -> bool:
-        """Whether the user may run this model's actions: Django's "change" permission of the model."""
-        return bool(request.user.has_perm(f"{self.opts.app_label}.change_{self.opts.model_name}"))
+    def may(self, request: HttpRequest, codename: str) -> bool:
+        """Whether the user has one of the permissions of events."""
+        return bool(request.user.has_perm(f"events_outbox.{codename}"))
+
+    def list_buttons(self, request: HttpRequest) -> list[tuple[str, str, str]]:
+        """Buttons above the list that the user may press: what they say, where they lead, their icon."""
+        return []
+
+    def page_buttons(self, request: HttpRequest, obj: Any) -> list[tuple[str, str, str]]:
+        """Buttons of a row's page, as those of the list."""
+        return []
+
+    def changelist_view(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> HttpResponse:
+        """Refuse an action that is not the user's; show the list, with its buttons."""
+        wanted = request.POST.getlist("action")
+        if set(wanted) & set(self.actions or ()) - set(self.get_actions(request)):
+            raise PermissionDenied
+        answer: HttpResponse = super().changelist_view(request, extra_context)
+        return _with_buttons(answer, "actions_list", self.list_buttons(request))
+
+    def changeform_view(
+        self,
+        request: HttpRequest,
+        object_id: str | None = None,
+        form_url: str = "",
+        extra_context: dict[str, Any] | None = None,
+    ) -> HttpResponse:
+        answer: HttpResponse = super().changeform_view(request, object_id, form_url, extra_context)
+        shown = getattr(answer, "context_data", None) or {}
+        buttons = self.page_buttons(request, shown["original"]) if shown.get("original") is not None else []
+        return _with_buttons(answer, "actions_detail", buttons)
 
     def log(self, request: HttpRequest, obj: models.Model, text: str) -> None:
         user_id = str(request.user.pk)
         LogEntry.objects.log_actions(user_id, [obj], CHANGE, change_message=text, single_object=True)
 
     def few(self, request: HttpRequest, queryset: QuerySet[Any], command: str) -> list[Any] | None:
-        """The chosen rows, the oldest first; None, and a hint at the command, when they are too many for a page."""
+        """The chosen rows, the oldest first; None, and a message that says why, when there are none or too many."""
         chosen = list(queryset.order_by("id")[: AT_ONCE + 1])
+        if not chosen:
+            self.message_user(request, "None of them is there any more", messages.ERROR)
+            return None
         if len(chosen) <= AT_ONCE:
             return chosen
-        self.message_user(request, f"select at most {AT_ONCE}, or use `manage.py {command}`", messages.ERROR)
+        self.message_user(request, f"Select at most {AT_ONCE}, or use `manage.py {command}`", messages.ERROR)
         return None
 
-    def ask_why(
-        self,
-        request: HttpRequest,
-        *,
-        introduction: str,
-        waiting: str,
-        columns: Sequence[str],
-        rows: Iterable[tuple[int, Sequence[object]]],
-    ) -> HttpResponse:
-        """The page that asks for the reason of a discard; it shows the rows, each by its id and its cells."""
-        context = {
-            **self.admin_site.each_context(request),
-            "title": f"Discard {self.opts.verbose_name_plural}",
-            "opts": self.opts,
-            "introduction": introduction,
-            "waiting": waiting,
-            "columns": columns,
-            "rows": list(rows),
-            "reason_is_missing": "confirmed" in request.POST,
-        }
-        return TemplateResponse(request, "admin/events_outbox/discard.html", context)
+    def log_many(self, request: HttpRequest, count: int, text: str) -> None:
+        """Log what was done to many rows at once, in one line."""
+        LogEntry.objects.create(
+            user_id=request.user.pk,
+            content_type=ContentType.objects.get_for_model(self.model),
+            object_repr=f"{count} {self.opts.verbose_name_plural}",
+            action_flag=CHANGE,
+            change_message=text,
+        )
+
+
+def _with_buttons(answer: HttpResponse, place: str, buttons: list[tuple[str, str, str]]) -> HttpResponse:
+    """Add buttons where the theme has them; an answer that is no page stays as it is."""
+    if isinstance(answer, TemplateResponse) and answer.context_data is not None and buttons:
+        answer.context_data[place] = [
+            *(answer.context_data.get(place) or []),
+            *({"title": title, "path": path, "icon": icon, "attrs": {}} for title, path, icon in buttons),
+        ]
+    return answer
 
 
 class EventIdAdmin(ReadOnlyAdmin):
     """Rows are found by an event id, in a table whose index begins with the consumer."""
 
-    search_fields = ("event_id",)
+    exact_search = ("event_id",)
     search_help_text = "an event id, whole"
 
-    def get_search_results(
-        self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
-    ) -> tuple[QuerySet[Any], bool]:
-        if not search_term.strip():
-            return queryset, False
-        try:
-            event_id = UUID(search_term.strip())
-        except ValueError:
-            return queryset.none(), False
+    def exact_conditions(self, term: str) -> list[Q]:
         names = [consumer.name for consumer in consumers()]
-        return queryset.filter(event_id=event_id, consumer__in=names), False
+        return [condition & Q(consumer__in=names) for condition in super().exact_conditions(term)]

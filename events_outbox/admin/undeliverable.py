@@ -3,15 +3,17 @@
 from typing import Any
 
 from django.contrib import admin, messages
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 
 from events_outbox import undeliverable
+from events_outbox.catalog import topics
 from events_outbox.models import UndeliverableEvent
 
-from .filters import TopicFilter
+from .cells import moment, short_id
+from .filters import ErrorNameFilter, TopicFilter
 from .read_only import ReadOnlyAdmin
-from .texts import exact_time, readable
+from .texts import readable
 
 
 class OpenFilter(admin.SimpleListFilter):
@@ -25,14 +27,37 @@ class OpenFilter(admin.SimpleListFilter):
             return queryset.filter(discarded_at__isnull=self.value() == "open")
         return queryset
 
+    def keys(self) -> QuerySet[Any] | None:
+        if self.value() != "discarded":
+            return None
+        discarded = UndeliverableEvent.objects.filter(discarded_at__isnull=False)
+        return discarded.order_by("-id").values_list("pk", flat=True)
+
 
 @admin.register(UndeliverableEvent)
 class UndeliverableEventAdmin(ReadOnlyAdmin):
     tenant_field = "event__tenant_id"
-    list_display = ("id", "state", "reason", "event", "aggregate_id", "topic", "parked")
-    list_filter = (OpenFilter, TopicFilter, "reason")
-    search_fields = ("aggregate_id__exact",)
-    search_help_text = "an aggregate id, whole"
+    list_display = ("parked", "state", "reason", "event_type", "event_id_cell", "aggregate", "topic")
+    list_filter = (OpenFilter, TopicFilter, ErrorNameFilter)
+    list_defer = ("event__value", "event__baggage")
+    time_field = "parked_at"
+    exact_search = ("aggregate_id", "event__event_id")
+    search_help_text = "an aggregate id or event id, whole"
+    export_fields = (
+        "id",
+        "parked_at",
+        "state",
+        "reason",
+        "error",
+        "event_type",
+        "event_uuid",
+        "aggregate_id",
+        "tenant",
+        "topic",
+        "discarded_at",
+        "discarded_by",
+        "discard_reason",
+    )
     fields = (
         "event",
         "topic",
@@ -50,9 +75,32 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
     list_select_related = ("event",)
     actions = ("redrive", "discard")
 
-    @admin.display(description="parked", ordering="parked_at")
+    def exact_conditions(self, term: str) -> list[Q]:
+        # The index of aggregates begins with the topic.
+        by_aggregate, *by_event = super().exact_conditions(term)
+        return [by_aggregate & Q(topic__in=topics()), *by_event]
+
+    @admin.display(description="parked")
     def parked(self, parked: UndeliverableEvent) -> str:
-        return exact_time(parked.parked_at)
+        return moment(parked.parked_at)
+
+    @admin.display(description="event type")
+    def event_type(self, parked: UndeliverableEvent) -> str:
+        return parked.event.event_type
+
+    @admin.display(description="event id")
+    def event_id_cell(self, parked: UndeliverableEvent) -> str:
+        return short_id(parked.event.event_id)
+
+    @admin.display(description="aggregate")
+    def aggregate(self, parked: UndeliverableEvent) -> str:
+        return short_id(parked.aggregate_id)
+
+    def event_uuid(self, parked: UndeliverableEvent) -> str:
+        return str(parked.event.event_id)
+
+    def tenant(self, parked: UndeliverableEvent) -> str:
+        return parked.event.tenant_id
 
     @admin.display(description="state")
     def state(self, parked: UndeliverableEvent) -> str:

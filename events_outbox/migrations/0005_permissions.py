@@ -3,7 +3,7 @@ from django.db import migrations
 
 class Migration(migrations.Migration):
     dependencies = [
-        ("events_outbox", "0003_consumers"),
+        ("events_outbox", "0004_workers"),
     ]
 
     operations = [

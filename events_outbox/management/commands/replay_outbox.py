@@ -1,5 +1,5 @@
+import contextlib
 import os
-import shlex
 import signal
 import sys
 import time
@@ -14,9 +14,11 @@ from uuid import UUID
 import psycopg
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import DatabaseError
 
 from events_outbox.exceptions import LeadershipLost
 from events_outbox.management.arguments import event_type_pattern, moment, positive
+from events_outbox.operators import system_operator
 from events_outbox.publisher import ProducerBroken
 from events_outbox.replay import Replay, ReplayRefused, ReplayStopped, Selection
 
@@ -96,7 +98,12 @@ class Command(BaseCommand):
         if options["dry_run"] or not self._is_wanted(options):
             return
         self._started = self._said_at = time.monotonic()
-        replay.publish()
+        try:
+            replay.publish()
+        finally:
+            if replay.published:
+                with contextlib.suppress(DatabaseError):  # the database is gone, which is said elsewhere
+                    replay.note(by=system_operator())
         self.stdout.write(f"published {replay.published:,} events again")
 
     def _is_wanted(self, options: dict[str, Any]) -> bool:
@@ -135,19 +142,13 @@ class Command(BaseCommand):
         return True
 
     def _where(self, selection: Selection) -> str:
-        """Where it stands and how to go on. Times are absolute there: an age means another time later."""
+        """Where it stands and how to go on."""
         replay = self._replay
         if not replay.published:
             return "nothing was published again"
-        arguments = []
-        for option, value in _chosen(selection).items():
-            for one in value if isinstance(value, list) else [value]:
-                text = one.isoformat() if isinstance(one, datetime) else str(one)
-                arguments.append(option if one is True else f"{option}={shlex.quote(text)}")
-        chosen = " ".join(arguments or ["--all"])
         return (
             f"{replay.published:,} of {replay.total:,} were published again. Go on with:\n"
-            f"  python manage.py replay_outbox {chosen} --after-id {replay.last_id}"
+            f"  {selection.command(replay.last_id)}"
         )
 
 
@@ -155,7 +156,7 @@ def _selection(options: dict[str, Any]) -> Selection:
     plural = {"event_types": "event_type", "aggregate_ids": "aggregate_id", "tenant_ids": "tenant_id"}
     plural["event_ids"] = "event_id"
     selection = Selection(**{f.name: options[plural.get(f.name, f.name)] for f in fields(Selection)})
-    chosen = _chosen(selection)
+    chosen = selection.options()
     if not chosen and not options["all"]:
         raise CommandError("say what to publish again: --all, or at least one of the options that choose events")
     if chosen and options["all"]:
@@ -163,20 +164,6 @@ def _selection(options: dict[str, Any]) -> Selection:
     if selection.since and selection.until and selection.since >= selection.until:
         raise CommandError("--since must be before --until")
     return selection
-
-
-def _chosen(selection: Selection) -> dict[str, Any]:
-    """The options that choose events, with their values, as far as they are given."""
-    options = {
-        "--since": selection.since,
-        "--until": selection.until,
-        "--event-type": selection.event_types,
-        "--aggregate-id": selection.aggregate_ids,
-        "--tenant-id": selection.tenant_ids,
-        "--event-id": selection.event_ids,
-        "--unhandled": selection.unhandled,
-    }
-    return {option: value for option, value in options.items() if value}
 
 
 @contextmanager
