@@ -13,6 +13,11 @@ from events_outbox.replay import Replay, Selection
 pytestmark = pytest.mark.django_db(transaction=True)
 
 
+@pytest.fixture(autouse=True)
+def told_what_it_is(kafka, settings):
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "KAFKA_IS_EMBEDDED": kafka.kind != "apache"}
+
+
 def publish():
     Relay().run(until_empty=True)
 
