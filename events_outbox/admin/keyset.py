@@ -332,7 +332,7 @@ def _is_indexed(model: type[models.Model], lookup: str) -> bool:
 class BoundedList(ExportedList):
     """How a list of such rows is shown: part of every admin here."""
 
-    paginator: Any = BoundedPaginator
+    paginator = BoundedPaginator
     show_full_result_count = False
     show_facets = admin.ShowFacets.NEVER  # they count the table once for each choice
     list_per_page = 50

@@ -48,7 +48,7 @@ class WorkerAdmin(ReadOnlyAdmin):
     """Few rows: those that are older than a day are pruned."""
 
     tenant_field = None
-    paginator: Any = Paginator
+    paginator = Paginator  # type: ignore[assignment]
     list_display = (
         "name",
         "kind",
