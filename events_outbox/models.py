@@ -176,6 +176,7 @@ class UndeliverableEvent(models.Model):
             # What the leader asks for every second, among what may be a million parked events.
             models.Index(fields=["id"], condition=Q(redrive_requested_at__isnull=False), name="undeliverable_redrive"),
             models.Index(fields=["id"], condition=Q(discarded_at__isnull=False), name="undeliverable_discarded"),
+            models.Index(fields=["id"], condition=Q(discarded_at__isnull=True), name="undeliverable_open"),
         ]
 
     def __str__(self) -> str:

@@ -1,6 +1,6 @@
 """Workers: the relays and consumers that run, or did so lately, and what each says of itself."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any
 
 from django.contrib import admin
@@ -10,6 +10,7 @@ from django.http import HttpRequest
 from django.utils import timezone
 
 from events_outbox.handlers import consumers
+from events_outbox.heartbeats import State
 from events_outbox.models import Worker, is_alive
 from events_outbox.status import readable_seconds
 
@@ -19,6 +20,7 @@ from .texts import exact_time
 
 ERROR_CHARACTERS = 120
 """Of the last error, in the list."""
+COLOURS = ("success", "info", "warning", "danger", "default")
 
 
 class LifeFilter(admin.SimpleListFilter):
@@ -46,15 +48,15 @@ class WorkerAdmin(ReadOnlyAdmin):
     """Few rows: those that are older than a day are pruned."""
 
     tenant_field = None
-    paginator = Paginator  # type: ignore[misc]
+    paginator = Paginator  # type: ignore[assignment]
     list_display = (
         "name",
         "kind",
         "process",
-        "shown_state",
+        "coloured_state",
         "since",
         "seen",
-        "events_total",
+        "events",
         "rate",
         "partitions",
         "shown_error",
@@ -69,7 +71,7 @@ class WorkerAdmin(ReadOnlyAdmin):
         "started",
         "seen",
         "stopped",
-        "events_total",
+        "events",
         "rate",
         "assigned",
         "metrics_port",
@@ -89,18 +91,27 @@ class WorkerAdmin(ReadOnlyAdmin):
 
     @admin.display(description="state", ordering="state")
     def shown_state(self, worker: Any) -> str:
-        """In words, whatever colour a theme may add."""
-        if worker.is_alive or worker.stopped_at is not None:
-            return str(worker.state)
-        return f"not seen for {readable_seconds(_seconds(worker.read_at - worker.seen_at))}; {worker.state} then"
+        unseen = _unseen(worker)
+        return f"{unseen}; {worker.state} then" if unseen else str(worker.state)
+
+    @admin.display(description="state", ordering="state")
+    def coloured_state(self, worker: Any) -> tuple[str, str]:
+        """The theme takes a colour and the words, which say it alone."""
+        return _colour(worker), _unseen(worker) or worker.state
+
+    coloured_state.label = {colour: colour for colour in COLOURS}  # type: ignore[attr-defined]
 
     @admin.display(description="since", ordering="state_since")
-    def since(self, worker: Worker) -> str:
-        return _moment(worker.state_since)
+    def since(self, worker: Any) -> str:
+        return f"{_age(worker, worker.state_since)} ago"
+
+    @admin.display(description="events", ordering="events_total")
+    def events(self, worker: Worker) -> str:
+        return f"{worker.events_total:,}"
 
     @admin.display(description="last seen", ordering="seen_at")
     def seen(self, worker: Any) -> str:
-        return f"{readable_seconds(_seconds(worker.read_at - worker.seen_at))} ago"
+        return f"{_age(worker, worker.seen_at)} ago"
 
     @admin.display(description="events/s", ordering="events_per_second")
     def rate(self, worker: Any) -> str:
@@ -116,7 +127,7 @@ class WorkerAdmin(ReadOnlyAdmin):
             return "-"
         text = " ".join(worker.last_error.split())
         short = text if len(text) <= ERROR_CHARACTERS else f"{text[:ERROR_CHARACTERS]}..."
-        return f"{readable_seconds(_seconds(worker.read_at - worker.last_error_at))} ago: {short}"
+        return f"{_age(worker, worker.last_error_at)} ago: {short}"
 
     @admin.display(description="started")
     def started(self, worker: Worker) -> str:
@@ -139,8 +150,26 @@ class WorkerAdmin(ReadOnlyAdmin):
         return worker.last_error or "-"
 
 
-def _seconds(age: timedelta) -> float:
-    return float(max(age.total_seconds(), 0.0))
+def _age(worker: Any, moment: datetime) -> str:
+    """How long ago it was, by the database's clock."""
+    return readable_seconds(max((worker.read_at - moment).total_seconds(), 0.0))
+
+
+def _unseen(worker: Any) -> str:
+    """In words, that it was not heard of for too long; empty when it was, or has stopped in order."""
+    if worker.is_alive or worker.stopped_at is not None:
+        return ""
+    return f"not seen for {_age(worker, worker.seen_at)}"
+
+
+def _colour(worker: Any) -> str:
+    if worker.stopped_at is not None:
+        return "default"
+    if not worker.is_alive or worker.state in (State.HANGS, State.WAITS_FOR_KAFKA, State.WAITS_FOR_DATABASE):
+        return "danger"
+    if worker.state in (State.LEADS, State.WORKS):
+        return "success"
+    return "warning" if worker.state == State.PAUSED else "info"
 
 
 def _moment(moment: datetime) -> str:
