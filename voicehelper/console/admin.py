@@ -6,7 +6,7 @@ from django.contrib.auth.models import Group
 from rest_framework.authtoken.admin import TokenAdmin as RestTokenAdmin
 from rest_framework.authtoken.models import TokenProxy
 
-from events_outbox.admin.read_only import ModelAdmin
+from events_outbox.admin.read_only import ModelAdmin, TenantConfined
 
 admin.site.unregister([Group, TokenProxy])
 
@@ -17,5 +17,6 @@ class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
 
 
 @admin.register(TokenProxy)
-class TokenAdmin(RestTokenAdmin, ModelAdmin):
+class TokenAdmin(TenantConfined, RestTokenAdmin, ModelAdmin):
+    tenant_field = "user__tenant_id"
     autocomplete_fields = ["user"]
