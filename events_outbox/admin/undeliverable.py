@@ -38,10 +38,13 @@ class OpenFilter(admin.SimpleListFilter):
         return queryset
 
     def keys(self) -> QuerySet[Any] | None:
-        if self.value() != "discarded":
+        if self.value() not in ("open", "discarded"):
             return None
-        discarded = UndeliverableEvent.objects.filter(discarded_at__isnull=False)
-        return discarded.order_by("-id").values_list("pk", flat=True)
+        return (
+            UndeliverableEvent.objects.filter(discarded_at__isnull=self.value() == "open")
+            .order_by("-id")
+            .values_list("pk", flat=True)
+        )
 
 
 @admin.register(UndeliverableEvent)
