@@ -81,8 +81,6 @@ def chosen_again(request: HttpRequest) -> dict[str, object]:
     return fields
 
 
-
-
 def _pairs(fields: Mapping[str, object]) -> list[tuple[str, object]]:
     pairs: list[tuple[str, object]] = []
     for name, value in fields.items():
