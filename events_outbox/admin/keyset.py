@@ -215,7 +215,8 @@ class BoundedChangeList(ChangeList):
             if len(stretch) == 2:
                 stop = stretch[0]
                 rows = rows.filter(**{up_to: stop})
-        found = list(rows.defer(*self.model_admin.list_defer)[: limit + 1])
+        rows = rows.defer(*self.model_admin.list_defer).prefetch_related(*self.model_admin.list_prefetch)
+        found = list(rows[: limit + 1])
         return Walk(found[:limit], len(found) > limit, stop)
 
     def _link(self, walk: Walk, onward: str, back: str, start: Any, first: Sequence[Any]) -> None:
@@ -343,6 +344,8 @@ class BoundedList(ExportedList):
     searched when none of these has it."""
     list_defer: Sequence[str] = ()
     """Large fields that no column shows."""
+    list_prefetch: Sequence[str] = ()
+    """Rows of other large tables, by key; a join may read such a table from its beginning."""
 
     def get_changelist(self, request: HttpRequest, **options: Any) -> Any:
         return BoundedChangeList
