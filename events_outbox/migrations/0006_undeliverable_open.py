@@ -4,7 +4,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    dependencies = [("events_outbox", "0004_workers")]
+    dependencies = [("events_outbox", "0005_permissions")]
 
     operations = [
         migrations.AddIndex(
