@@ -23,6 +23,7 @@ from .consumer_spans import trace_failure
 from .exceptions import PermanentEventError
 from .guard import Guard
 from .handlers import Consumer, Event, Handler, call_handler
+from .heartbeats import Kind, State, Vitals
 from .kafka import KafkaException
 from .membership import ClientBroken, Membership, Stopping
 from .models import DeadLetter, ProcessedEvent
@@ -56,14 +57,22 @@ class ConsumerProcess:
     """Runs one `Consumer` until told to stop.
 
     `batch_size`: None takes EVENTS_OUTBOX["CONSUMER_BATCH_SIZE"]. `on_tick` is called at least once a second,
-    but for the time that a single handler takes: the sign of life for a health check.
+    but for the time that a single handler takes: the sign of life for a health check. `vitals`: what it says of
+    itself, for whoever writes it down.
     """
 
     def __init__(
-        self, consumer: Consumer, *, batch_size: int | None = None, on_tick: Callable[[], None] = lambda: None
+        self,
+        consumer: Consumer,
+        *,
+        batch_size: int | None = None,
+        on_tick: Callable[[], None] = lambda: None,
+        vitals: Vitals | None = None,
     ) -> None:
         self.consumer = consumer
-        self.group = Membership(consumer, on_tick)
+        self.vitals = vitals or Vitals(Kind.CONSUMER, consumer.name)
+        self.group = Membership(consumer, self.vitals.with_tick(on_tick))
+        self.vitals.assignment = self.group.owned
         self._batch_size = batch_size or outbox_settings().CONSUMER_BATCH_SIZE
         self._guard = Guard(consumer.guard)
         self._session: Any = None
@@ -94,24 +103,28 @@ class ConsumerProcess:
         Raises ConsumerStopped when on_failure="stop" and an event cannot be handled, ImproperlyConfigured when
         librdkafka refuses the Kafka settings.
         """
-        while not self.group.stopping:
-            self.group.join()
-            try:
-                self._consume(until_idle_seconds)
-                return
-            except Stopping:
-                return
-            except (ClientBroken, KafkaException) as error:
-                logger.warning("Kafka client failed, starting a new one", extra={"error": str(error)})
-                time.sleep(RECONNECT_SECONDS)
-            finally:
-                self.group.leave()
+        with self.vitals.life():
+            while not self.group.stopping:
+                self.group.join()
+                try:
+                    self._consume(until_idle_seconds)
+                    return
+                except Stopping:
+                    return
+                except (ClientBroken, KafkaException) as error:
+                    logger.warning("Kafka client failed, starting a new one", extra={"error": str(error)})
+                    self.vitals.failed(error)
+                    self.vitals.say(State.WAITS_FOR_KAFKA)
+                    time.sleep(RECONNECT_SECONDS)
+                finally:
+                    self.group.leave()
 
     def _consume(self, until_idle_seconds: float | None) -> None:
         last_work = time.monotonic()
         while not self.group.stopping:
             self._wait_while_paused()
             records = self.group.poll_batch(self._batch_size)
+            self._say_how_it_is()
             if records:
                 try:
                     self.handle_batch(records)
@@ -125,6 +138,13 @@ class ConsumerProcess:
                 return
             self.group.measure_lag()
 
+    def _say_how_it_is(self) -> None:
+        if self.group.trouble:
+            self.vitals.failed(self.group.trouble)
+            self.vitals.say(State.WAITS_FOR_KAFKA)
+        else:
+            self.vitals.say(State.WORKS if self.group.owned else State.WAITS_FOR_PARTITIONS)
+
     def _wait_while_paused(self) -> None:
         """Look about once a second whether an operator or the guard has paused this consumer, and wait it out."""
         if time.monotonic() - self._looked_at_pause < PAUSE_SECONDS:
@@ -134,6 +154,7 @@ class ConsumerProcess:
             if not was_paused:
                 logger.warning("consumer is paused", extra={"consumer": self.consumer.name})
             was_paused = True
+            self.vitals.say(State.PAUSED)
             self.group.commit()
             self.group.wait(PAUSE_SECONDS)
         if was_paused:
@@ -210,6 +231,7 @@ class ConsumerProcess:
                     self._give_up(delivery, error, attempts, permanent)
                     return
                 metrics.CONSUMER_RETRIES.labels(self.consumer.name).inc()
+                self.vitals.failed(error)
                 logger.warning(
                     "handler failed, trying again",
                     extra={
@@ -222,6 +244,7 @@ class ConsumerProcess:
             self.group.wait(delay_seconds)
 
     def _give_up(self, delivery: Delivery, error: Exception, attempts: int, permanent: bool) -> None:
+        self.vitals.failed(error)
         logger.error("event not handled", extra={**_fields(delivery), "attempts": attempts}, exc_info=error)
         if self.consumer.on_failure == "stop":
             raise ConsumerStopped(f"{delivery.event_type} {delivery.event_id}: {error}") from error
@@ -266,6 +289,8 @@ class ConsumerProcess:
                         continue
                 dead_letters.keep(self.consumer.name, delivery, reason, text)
                 dead.append(reason)
+                if reason != DeadLetter.Reason.BEHIND:
+                    self.vitals.failed(text)
                 if self.consumer.on_failure == "park_key" and delivery.record.key is not None:
                     parked.add((delivery.record.topic, delivery.record.key))
             if len(deliveries) > 1 and self._guard.would_trip(_failures(dead)):
@@ -293,6 +318,7 @@ class ConsumerProcess:
             raise
         for event_type, count in handled.items():
             metrics.CONSUMER_HANDLED.labels(self.consumer.name, event_type).inc(count)
+        self.vitals.rate.count(handled.total())
         self._guard.note_handled(handled.total())
         self._count_dead_letters(dead)
         if duplicates := len(deliveries) - handled.total() - len(dead):
@@ -319,8 +345,12 @@ class ConsumerProcess:
                 connection.ensure_connection()
             except OperationalError as error:
                 logger.warning("database away, waiting", extra={"error": str(error).strip()})
+                self.vitals.failed(error)
+                self.vitals.say(State.WAITS_FOR_DATABASE)
                 self.group.wait(RECONNECT_SECONDS)
                 continue
+            if self.vitals.state is State.WAITS_FOR_DATABASE:
+                self.vitals.say(State.WORKS)
             try:
                 return work()
             except (OperationalError, InternalError) as error:

@@ -180,6 +180,36 @@ def make_group_reader(group_id: str, on_error: TellError) -> Consumer:
     )
 
 
+def make_record_reader(on_error: TellError) -> Consumer:
+    """Return a consumer that reads many records by `assign()`, to the end of their partitions, which it tells of.
+
+    It joins no group and commits nothing. Raises ImproperlyConfigured when librdkafka refuses the settings.
+    """
+    conf = outbox_settings()
+    return _make(
+        Consumer,
+        {
+            "reconnect.backoff.max.ms": 500,
+            **conf.KAFKA,
+            **conf.KAFKA_CONSUMER,
+            "client.id": "record_search",
+            "group.id": "record_search",
+            "enable.auto.commit": False,
+            "enable.auto.offset.store": False,
+            "enable.partition.eof": True,
+            # An offset that is not there is told, not replaced by another one.
+            "auto.offset.reset": "error",
+            "socket.timeout.ms": 5000,
+            "fetch.wait.max.ms": 50,
+            "queued.max.messages.kbytes": 16384,
+            "fetch.queue.backoff.ms": 10,
+            # Whoever asks says by itself that there was no answer, and why.
+            "log_level": 0,
+            "error_cb": on_error,
+        },
+    )
+
+
 @dataclass(frozen=True)
 class GroupMember:
     """A member of a consumer group: the name of its client, its host as the broker sees it, and what it reads."""
@@ -426,6 +456,7 @@ __all__ = [
     "make_group_reader",
     "make_producer",
     "make_reader",
+    "make_record_reader",
     "producer_settings",
     "starting_offsets",
     "without_secrets",

@@ -8,8 +8,6 @@ import contextlib
 import logging
 import os
 import socket
-import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +19,7 @@ from .conf import outbox_settings
 from .exceptions import LeadershipLost
 from .fields import NOTHING_SEEN, PgSnapshot
 from .pooling import require_own_session
+from .rate import Rate
 from .recovery import rebuild_cursor
 from .window import PAGE_COLUMNS, PAGE_MAX_BYTES, read_bytes, take_snapshot
 
@@ -37,7 +36,8 @@ APPLICATION_NAME = "relay_outbox"
 _CURSOR = "events_outbox_relaycursor"
 _UNDELIVERABLE = "events_outbox_undeliverableevent"
 _OUTBOX = "events_outbox_outboxevent"
-RATE_SECONDS = 10.0
+# Who has paused the relay, and why; null: nobody.
+_PAUSE = "(SELECT paused_by || ': ' || reason FROM events_outbox_relaypause)"
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,22 @@ class Parked:
     error: str
 
 
+def session_parameters(application_name: str) -> dict[str, Any]:
+    """Return what psycopg needs for a session beside Django's, in autocommit mode, in whatever thread."""
+    parameters = connections[DEFAULT_DB_ALIAS].get_connection_params()
+    for django_only in ("cursor_factory", "context", "pool"):
+        parameters.pop(django_only, None)
+    # The keepalives of this side: a database whose host is lost must not hang the relay for many minutes.
+    keepalives = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 10_000}
+    return {
+        **parameters,
+        "autocommit": True,
+        "application_name": application_name,
+        "connect_timeout": 5,
+        **keepalives,
+    }
+
+
 def open_session(application_name: str = APPLICATION_NAME) -> psycopg.Connection[Any]:
     """Open the relay's own session, in autocommit mode. By its `application_name` it counts as a relay, or not.
 
@@ -58,12 +74,7 @@ def open_session(application_name: str = APPLICATION_NAME) -> psycopg.Connection
     host is lost (keepalives). Raises psycopg.OperationalError when the database is away, ImproperlyConfigured when a
     pooler in between does not leave us a session of our own.
     """
-    parameters = connections[DEFAULT_DB_ALIAS].get_connection_params()
-    for django_only in ("cursor_factory", "context", "pool"):
-        parameters.pop(django_only, None)
-    # The keepalives of this side: a database whose host is lost must not hang the relay for many minutes.
-    keepalives = {"keepalives_idle": 3, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 10_000}
-    parameters |= {"autocommit": True, "application_name": application_name, "connect_timeout": 5, **keepalives}
+    parameters = session_parameters(application_name)
     session = psycopg.connect(**parameters)
     require_own_session(session, lambda: psycopg.connect(**parameters))
     read_bytes(session)
@@ -97,11 +108,12 @@ class Leader:
         self.window_last_id = 0
         self.parked_keys: set[tuple[str, str]] = set()
         self.last_error = ""
+        self.paused: str | None = None
+        """Who has paused the relay, and why, as of the last save; None: nobody."""
         self._place = "(0,0)"  # of the cursor's row in its table
         self._discarded: tuple[Any, ...] = ()
         self._server_process = 0
-        self._published_total = 0
-        self._totals = deque([(time.monotonic(), 0)])
+        self._rate = Rate()
 
     def try_lead(self) -> bool:
         """Take the lock if it is free, and load the cursor. False: another relay leads.
@@ -152,10 +164,11 @@ class Leader:
             rebuild_cursor(self.session, "the cursor points into the future")
             ((published,),) = execute(f"SELECT published::text FROM {_CURSOR}").fetchall()
             self.advance(PgSnapshot.parse(published), None)
-        execute(
-            f"""UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now(), system_identifier = %s""",
+        ((self.paused,),) = execute(
+            f"""UPDATE {_CURSOR} SET leader = %s, leader_since = now(), heartbeat_at = now(), system_identifier = %s
+                RETURNING {_PAUSE}""",
             [f"{socket.gethostname()}:{os.getpid()}", cluster],
-        )
+        ).fetchall()
         self.load_parked_keys()
 
     def load_parked_keys(self) -> None:
@@ -209,11 +222,11 @@ class Leader:
             self.window, self.window_last_id = hi, last_id
 
     def save(self, parked: Sequence[Parked] = (), published: int = 0) -> None:
-        """Write the cursor and a heartbeat, and park events, in one transaction.
+        """Write the cursor and a heartbeat, and park events, in one transaction; and hear whether to pause.
 
         `published`: events since the last save, for the rate.
         """
-        self._published_total += published
+        self._rate.count(published)
         try:
             if not parked:
                 self._save()
@@ -235,7 +248,7 @@ class Leader:
             str(self.window) if self.window else None,
             self.window_last_id,
             self.last_error,
-            self._rate(),
+            self._rate.per_second(),
             self._server_process,
         ]
         # By the row's place: while a long transaction keeps its dead versions alive, a search by id goes through
@@ -244,22 +257,13 @@ class Leader:
             row = self.session.execute(
                 f"""UPDATE {_CURSOR} SET published = %s, "window" = %s, window_last_id = %s,
                            heartbeat_at = now(), last_error = %s, events_per_second = %s
-                     WHERE {place} AND pg_backend_pid() = %s RETURNING ctid::text""",
+                     WHERE {place} AND pg_backend_pid() = %s RETURNING ctid::text, {_PAUSE}""",
                 values,
             ).fetchone()
             if row:
-                self._place = row[0]
+                self._place, self.paused = row
                 return
         raise LeadershipLost("the cursor's row is gone, or a pooler has given this session's lock to another one")
-
-    def _rate(self) -> float:
-        now = time.monotonic()
-        if now - self._totals[-1][0] >= 1:
-            self._totals.append((now, self._published_total))
-        while len(self._totals) > 1 and self._totals[1][0] < now - RATE_SECONDS:
-            self._totals.popleft()
-        since, total = self._totals[0]
-        return (self._published_total - total) / max(now - since, 1.0)
 
     def take_up_operators_work(self) -> bool:
         """Take up what operators redrive and discard. Return whether there are events to redrive.

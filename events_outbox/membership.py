@@ -80,6 +80,7 @@ class Membership:
         self._is_paused = False
         self._held: list[Record] = []
         self._trouble_at: float | None = None
+        self._trouble = ""
         self._busy_since: float | None = None
         self._left = threading.Event()
         self._caretaker: threading.Thread | None = None
@@ -226,7 +227,13 @@ class Membership:
 
     def _on_trouble(self, error: KafkaError) -> None:
         self._trouble_at = self._trouble_at or time.monotonic()
+        self._trouble = error.str()
         logger.warning("broker trouble", extra={"error_name": error.name(), "error": error.str()})
+
+    @property
+    def trouble(self) -> str:
+        """What the client says of a broker that it does not reach; empty when nothing is known to be wrong."""
+        return "" if self._trouble_at is None else self._trouble
 
     def _look_for_broker(self, client: KafkaClient) -> None:
         """Raise ClientBroken when our client does not find the broker again and another one does.

@@ -401,21 +401,20 @@ class RelayPause(models.Model):
         return "the relay is paused"
 
 
+def is_alive() -> Case:
+    """The condition that a worker is heard of and has not stopped."""
+    heard_of = Q(stopped_at__isnull=True, seen_at__gt=Now() - timedelta(seconds=Worker.ALIVE_SECONDS))
+    return Case(When(heard_of, then=True), default=False, output_field=models.BooleanField())
+
+
 class WorkerQuerySet(models.QuerySet["Worker"]):
     def alive(self) -> "WorkerQuerySet":
         """Those that are heard of and have not stopped. By the database's clock, which writes the times as well."""
-        return self.filter(self._is_alive())
+        return self.filter(is_alive())
 
     def with_life(self) -> "WorkerQuerySet":
         """Each with `is_alive`, and `read_at`: the database's time now, to tell ages by."""
-        return self.annotate(
-            is_alive=Case(When(self._is_alive(), then=True), default=False, output_field=models.BooleanField()),
-            read_at=Now(),
-        )
-
-    @staticmethod
-    def _is_alive() -> Q:
-        return Q(stopped_at__isnull=True, seen_at__gt=Now() - timedelta(seconds=Worker.ALIVE_SECONDS))
+        return self.annotate(is_alive=is_alive(), read_at=Now())
 
 
 class Worker(models.Model):

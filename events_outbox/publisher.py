@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 tracer = trace.get_tracer(__name__)
 
 BEHIND = "behind"
+WAITING = "waiting for the broker"
 FLUSH_SECONDS = 0.5
 STUCK_SECONDS = 20.0
 """Without progress for so long, the producer is suspected of having lost a broker that is there."""
@@ -276,7 +277,7 @@ class Publisher:
                 self._broken = self._broken or _reason(error)
 
     def _waiting(self) -> None:
-        self._on_wait(self._trouble or "waiting for the broker")
+        self._on_wait(self._trouble or WAITING)
         undelivered = len(self._producer or ())
         if undelivered != self._undelivered or not undelivered:
             self._undelivered, self._stuck_at = undelivered, time.monotonic() + self._patience_seconds

@@ -2,7 +2,8 @@
 
 One relay leads, any number stand by. The leader reads the next window of committed events, publishes a batch, and
 moves the cursor when the broker has acknowledged it. After a crash between acknowledgement and cursor the batch is
-sent again: at least once in Kafka, which the consumers make effectively once.
+sent again: at least once in Kafka, which the consumers make effectively once. While an operator has paused the relay,
+whoever leads publishes nothing.
 """
 
 import contextlib
@@ -10,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -20,11 +21,12 @@ from monitoring import metrics
 
 from .conf import outbox_settings
 from .exceptions import CursorLost, LeadershipLost
+from .heartbeats import Kind, State, Vitals
 from .lag import LagWatch
-from .leader import SESSION_LOST, Leader, open_session
+from .leader import SESSION_LOST, Leader, Parked, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
-from .publisher import STUCK_SECONDS, ProducerBroken, ProducerStuck, Publisher
+from .publisher import STUCK_SECONDS, WAITING, ProducerBroken, ProducerStuck, Publisher
 from .window import Pages, take_snapshot
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ Answer = TypeVar("Answer")
 
 HEARTBEAT_SECONDS = 1.0
 ANSWER_SECONDS = 0.5
+PAUSED_POLL_SECONDS = 0.5
 HOUSE_ROUND_SECONDS = 60.0
 HOUSE_STEP_SECONDS = 0.1
 STOP_GRACE_SECONDS = 2.0
@@ -46,13 +49,21 @@ class Relay:
     """Publishes the outbox to Kafka until told to stop.
 
     `batch_size`: events between two cursor moves; None takes EVENTS_OUTBOX["BATCH_SIZE"]. `on_tick` is called at
-    least once a second while the relay works, waits or stands by: the sign of life for a health check.
+    least once a second while the relay works, waits or stands by: the sign of life for a health check. `vitals`: what
+    it says of itself, for whoever writes it down.
     """
 
-    def __init__(self, *, batch_size: int | None = None, on_tick: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        *,
+        batch_size: int | None = None,
+        on_tick: Callable[[], None] = lambda: None,
+        vitals: Vitals | None = None,
+    ) -> None:
         self._conf = outbox_settings()
         self._batch_size = batch_size or self._conf.BATCH_SIZE
-        self._on_tick = on_tick
+        self.vitals = vitals or Vitals(Kind.RELAY, "relay")
+        self._on_tick = self.vitals.with_tick(on_tick)
         # A plain flag: an Event's lock can be held by the very wait that a signal handler interrupts.
         self._stopping = False
         self._gives_up_at = float("inf")
@@ -73,27 +84,34 @@ class Relay:
     def run(self, *, until_empty: bool = False) -> None:
         """Lead or stand by until `stop()`.
 
-        `until_empty`: return once nothing is pending. A database that is away is waited for.
+        `until_empty`: return once nothing is pending. A database that is away, and the end of a pause, are waited for.
         Raises ImproperlyConfigured when librdkafka refuses the Kafka settings.
         """
-        while not self._stopping:
-            self._pages = None
-            try:
-                with open_session() as session:
-                    leader = Leader(session)
-                    if self._wait_for_lead(leader, until_empty):
-                        with LagWatch():
-                            self._lead(leader, until_empty)
-                    return
-            except (*SESSION_LOST, LeadershipLost) as error:
-                logger.warning("database session lost, trying again", extra={"error": str(error).strip()})
-            except CursorLost as error:
-                logger.warning("cursor not rebuilt, trying again", extra={"error": str(error)})
-            except (_Abandoned, ProducerBroken) as error:
-                logger.warning("batch abandoned, to be published again", extra={"error": str(error)})
-            finally:
-                metrics.OUTBOX_RELAY_LEADER.set(0)
-            self._pause(self._conf.LEADER_POLL_SECONDS)
+        with self.vitals.life():
+            while not self._stopping:
+                self._pages = None
+                try:
+                    with open_session() as session:
+                        leader = Leader(session)
+                        if self._wait_for_lead(leader, until_empty):
+                            with LagWatch():
+                                self._lead(leader, until_empty)
+                        return
+                except (*SESSION_LOST, LeadershipLost) as error:
+                    self._try_again("database session lost, trying again", error, State.WAITS_FOR_DATABASE)
+                except CursorLost as error:
+                    self._try_again("cursor not rebuilt, trying again", error, State.WAITS_FOR_KAFKA)
+                except (_Abandoned, ProducerBroken) as error:
+                    self._try_again("batch abandoned, to be published again", error, State.WAITS_FOR_KAFKA)
+                finally:
+                    metrics.OUTBOX_RELAY_LEADER.set(0)
+                self._pause(self._conf.LEADER_POLL_SECONDS)
+
+    def _try_again(self, what: str, error: Exception, state: State) -> None:
+        logger.warning(what, extra={"error": str(error).strip()})
+        if not isinstance(error, _Abandoned):
+            self.vitals.failed(error)
+        self.vitals.say(state)
 
     def _wait_for_lead(self, leader: Leader, until_empty: bool) -> bool:
         """Stand by until the lock is ours (True), or until stopped or, with `until_empty`, nothing is pending."""
@@ -102,7 +120,9 @@ class Relay:
             if self._ask(leader, leader.try_lead):
                 logger.info("this relay leads", extra={"published": str(leader.published)})
                 metrics.OUTBOX_RELAY_LEADER.set(1)
+                self.vitals.say(State.LEADS)
                 return True
+            self.vitals.say(State.STANDS_BY)
             if not standing_by:
                 logger.info("another relay leads, standing by")
                 standing_by = True
@@ -117,6 +137,9 @@ class Relay:
         self._house, self._house_due = housekeeping(leader.session), 0.0
         try:
             while not self._stopping:
+                self._wait_while_paused(leader)
+                if leader.paused is not None:
+                    continue  # told to stop
                 redriven = self._redrive(leader, publisher)
                 if self.publish_window(leader, publisher) or redriven:
                     idle_seconds, self._patience_seconds = self._conf.IDLE_POLL_MIN_SECONDS, STUCK_SECONDS
@@ -154,12 +177,13 @@ class Relay:
             if not page:
                 continue
             parked = publisher.publish(page, leader.parked_keys, lambda: self._read_ahead(leader, pages))
-            leader.last_error = ""
             leader.advance(hi, None if is_read else page[-1][0])
+            self._note_published(leader, len(page) - len(parked), parked)
             self._ask(leader, leader.save, parked, len(page) - len(parked))
             self._beat()
             count += len(page)
             self._keep_house(leader)
+            self._wait_while_paused(leader)
             if self._stopping and not is_read:
                 return count
         leader.advance(hi, None)  # where nothing was in it, saved with the next heartbeat: nothing depends on it
@@ -178,12 +202,33 @@ class Relay:
             return False
         page = self._ask(leader, leader.redrive_requests, self._batch_size)
         refused = publisher.publish(page, set())
-        leader.last_error = ""
         refused_ids = {parked.event_id for parked in refused}
         delivered_ids = [row[0] for row in page if row[0] not in refused_ids]
+        self._note_published(leader, len(delivered_ids), refused)
         self._ask(leader, leader.close_redrive, delivered_ids, refused)
         logger.info("redrive done", extra={"delivered": len(delivered_ids), "refused": len(refused)})
         return True
+
+    def _note_published(self, leader: Leader, count: int, refused: Sequence[Parked]) -> None:
+        leader.last_error = ""
+        self.vitals.say(State.LEADS)
+        self.vitals.rate.count(count)
+        if refused:
+            self.vitals.failed(f"{refused[0].topic}, {refused[0].reason}: {refused[0].error}")
+
+    def _wait_while_paused(self, leader: Leader) -> None:
+        """Keep the lead, and house, and publish nothing, until the relay is resumed or told to stop."""
+        if leader.paused is None:
+            return
+        logger.warning("the relay is paused", extra={"paused_by": leader.paused})
+        while leader.paused is not None and not self._stopping:
+            self.vitals.say(State.PAUSED)
+            self._pause(PAUSED_POLL_SECONDS)
+            self._heartbeat(leader)
+            self._keep_house(leader)
+        if leader.paused is None:
+            logger.info("the relay goes on")
+            self.vitals.say(State.LEADS)
 
     def _keep_house(self, leader: Leader) -> None:
         """One step of pruning and the like, a few milliseconds, when it is due."""
@@ -220,7 +265,12 @@ class Relay:
     def _wait_for_broker(self, leader: Leader, what_for: str) -> None:
         """The broker is slow or away: stay alive, say so, and give up only when stopped."""
         leader.last_error = what_for
+        self.vitals.say(State.WAITS_FOR_KAFKA)
+        if what_for != WAITING:
+            self.vitals.failed(what_for)
         self._heartbeat(leader)
+        if leader.paused is not None:  # what is under way must not be published when the broker is back
+            raise _Abandoned("paused while the broker did not answer")
         if self._stopping and time.monotonic() > self._gives_up_at:
             raise _Abandoned("stopped while the broker did not answer")
 

@@ -14,6 +14,7 @@ from monitoring import metrics
 from .handlers import consumers
 from .leader import APPLICATION_NAME, LOCK_KEY
 from .models import ConsumerPause, DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent
+from .pauses import relay_pause
 
 SCRAPE_SECONDS = 3
 COUNT_LIMIT = 100_000
@@ -65,10 +66,10 @@ class OutboxStatus:
     """The state at one moment.
 
     None: `oldest_pending_age_seconds` when nothing is pending; `leader`, `leader_host`, `leader_pid`, `leader_since`
-    when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none.
-    `undeliverable` counts the open ones. `lock_held_by` is the application name of whoever holds the leader's lock
-    without being a relay, e.g. replay_outbox; empty otherwise. Where `cursor_is_of_this_cluster` is false, `pending`
-    says nothing.
+    when no relay leads; `heartbeat_age_seconds` when none ever did; `oldest_open_transaction` when there is none;
+    `relay_paused_at` when no operator has paused the relay. `undeliverable` counts the open ones. `lock_held_by` is the
+    application name of whoever holds the leader's lock without being a relay, e.g. replay_outbox; empty otherwise.
+    Where `cursor_is_of_this_cluster` is false, `pending` says nothing.
     """
 
     leader: str | None
@@ -82,6 +83,9 @@ class OutboxStatus:
     oldest_pending_age_seconds: float | None
     events_per_second: float
     last_error: str
+    relay_paused_at: datetime | None
+    relay_paused_by: str
+    relay_pause_reason: str
     open_transactions: int
     oldest_open_transaction: OpenTransaction | None
     undeliverable: int
@@ -103,16 +107,20 @@ class OutboxStatus:
         if not self.cursor_is_of_this_cluster:
             return "the cursor is that of another database cluster: what is pending shows when a relay leads here"
         if self.oldest_pending_age_seconds is not None and self.oldest_pending_age_seconds > older_than_seconds:
-            error = f" (the relay says: {self.last_error})" if self.last_error else ""
             age = f"{self.oldest_pending_age_seconds:.0f} s old, more than {older_than_seconds:.0f} s"
-            return f"the oldest of {self.pending} pending events is {age}{error}"
+            return f"the oldest of {self.pending} pending events is {age}{self._why()}"
         if self.pending and self.leader is None:
             return f"{self.pending} events are pending and no relay leads"
         return None
 
+    def _why(self) -> str:
+        if self.relay_paused_at is not None:
+            return f" (the relay is paused by {self.relay_paused_by}: {self.relay_pause_reason})"
+        return f" (the relay says: {self.last_error})" if self.last_error else ""
+
 
 def read_status(count_limit: int | None = None) -> OutboxStatus:
-    """Read the state now. `count_limit`: stop counting pending events there; None counts them all."""
+    """Read the state now. `count_limit`: stop counting there, of each kind; None counts them all."""
     cursor = RelayCursor.read()
     pending, oldest = count_pending(cursor, count_limit)
     holder, standbys = _relays()
@@ -120,7 +128,9 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
     host, _, pid = cursor.leader.rpartition(":")
     transactions = open_transactions()
     undeliverable = UndeliverableEvent.objects.open()
-    dead_letters = open_dead_letters()
+    discarded = UndeliverableEvent.objects.filter(discarded_at__isnull=False)
+    dead_letters = open_dead_letters(count_limit)
+    pause = relay_pause()
     now = datetime.now(UTC)
     return OutboxStatus(
         leader=cursor.leader if leads else None,
@@ -134,11 +144,14 @@ def read_status(count_limit: int | None = None) -> OutboxStatus:
         oldest_pending_age_seconds=max((now - oldest).total_seconds(), 0.0) if oldest else None,
         events_per_second=cursor.events_per_second if leads else 0.0,
         last_error=cursor.last_error,
+        relay_paused_at=pause.paused_at if pause else None,
+        relay_paused_by=pause.paused_by if pause else "",
+        relay_pause_reason=pause.reason if pause else "",
         open_transactions=len(transactions),
         oldest_open_transaction=transactions[0] if transactions else None,
-        undeliverable=undeliverable.count(),
-        undeliverable_to_redrive=undeliverable.filter(redrive_requested_at__isnull=False).count(),
-        undeliverable_discarded=UndeliverableEvent.objects.filter(discarded_at__isnull=False).count(),
+        undeliverable=undeliverable[:count_limit].count(),
+        undeliverable_to_redrive=undeliverable.filter(redrive_requested_at__isnull=False)[:count_limit].count(),
+        undeliverable_discarded=discarded[:count_limit].count(),
         dead_letters=dead_letters,
         consumers=consumer_states(dead_letters),
         processed_marks=processed_marks(),
@@ -190,8 +203,15 @@ def count_pending(cursor: RelayCursor, limit: int | None = None) -> tuple[int, d
     return found["count"], found["oldest"]
 
 
-def open_dead_letters() -> dict[str, int]:
-    """Return the number of open dead letters of each consumer that has some."""
+def open_dead_letters(limit: int | None = None) -> dict[str, int]:
+    """Return the number of open dead letters of each consumer that has some.
+
+    With a limit, of the registered consumers alone: of each at most so many are counted.
+    """
+    if limit is not None:
+        letters = DeadLetter.objects.open().order_by()
+        found = {consumer.name: letters.filter(consumer=consumer.name)[:limit].count() for consumer in consumers()}
+        return {name: count for name, count in found.items() if count}
     counts = DeadLetter.objects.open().order_by("consumer").values_list("consumer").annotate(Count("id"))
     return dict(counts)
 
@@ -270,6 +290,7 @@ class StatusCollector(Collector):
         for name in (consumer.name for consumer in consumers()):
             paused.add_metric([name], name in pauses)
         yield paused
+        yield metrics.OUTBOX_RELAY_PAUSED(value=relay_pause() is not None)
         marks = processed_marks()
         yield metrics.PROCESSED_EVENTS_ROWS(value=marks.rows)
         yield metrics.PROCESSED_EVENTS_BYTES(value=marks.bytes)

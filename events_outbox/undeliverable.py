@@ -43,12 +43,11 @@ class Discarded:
     redriven: Redriven
 
 
-def redrive(
-    chosen: UndeliverableEventQuerySet, *, by: str, dry_run: bool = False, chosen_by: str = ""
-) -> Redriven:
+def redrive(chosen: UndeliverableEventQuerySet, *, by: str, dry_run: bool = False, chosen_by: str = "") -> Redriven:
     """Ask the relay to publish the keys of the chosen events, each whole and in order. It does within seconds.
 
-    `by`: the operator; `chosen_by`: how the events were chosen, in words; both for the audit trail. Discarded events among the chosen are left out: see `with_ids()`.
+    `by`: the operator; `chosen_by`: how the events were chosen, in words; both for the audit trail. Discarded events
+    among the chosen are left out: see `with_ids()`.
     """
     with transaction.atomic():
         redriven = _request_redrive(_same_keys(chosen.open()), dry_run)

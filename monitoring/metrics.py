@@ -264,6 +264,11 @@ OUTBOX_UNDELIVERABLE = partial(
     "outbox_undeliverable_events",
     "Events parked because the broker refused them or one before",
 )
+OUTBOX_RELAY_PAUSED = partial(
+    GaugeMetricFamily,
+    "outbox_relay_paused",
+    "1 while an operator has paused the relay, else 0",
+)
 CONSUMER_DEAD_LETTERS = partial(
     GaugeMetricFamily,
     "consumer_dead_letters",

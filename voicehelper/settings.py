@@ -146,6 +146,7 @@ UNFOLD: dict[str, Any] = {
     "SITE_FAVICONS": [
         {"rel": "icon", "type": "image/svg+xml", "href": lambda request: static("console/icon.svg")},
     ],
+    "DASHBOARD_CALLBACK": "voicehelper.console.views.overview_page",
     "SIDEBAR": {"navigation": "voicehelper.console.navigation.navigation"},
 }
 
@@ -185,6 +186,8 @@ MONITORING: dict[str, Any] = {
 # For the admin: figures over time, and links to traces.
 MONITORING["PROMETHEUS_URL"] = os.environ.get("PROMETHEUS_URL", "")
 MONITORING["JAEGER_URL"] = os.environ.get("JAEGER_URL", "")
+# Where docs/ is served, for the admin's links to the runbook; Prometheus takes the same variable.
+DOCS_URL = os.environ.get("DOCS_URL", "")
 if "TRACING_ENABLED" in os.environ:
     MONITORING["TRACING_ENABLED"] = os.environ["TRACING_ENABLED"].lower() == "true"
 # monitoring configures logging itself (one line format for web, relay and consumers).

@@ -8,9 +8,13 @@ from django.http import HttpRequest
 from django.template.response import TemplateResponse
 from django.urls import reverse
 
-
 SHOWN_ROWS = 50
 """Rows of the preview: more are counted, not shown."""
+INPUT = (
+    "bg-white border border-base-200 max-w-4xl px-3 py-2 rounded-default shadow-xs text-sm w-full focus:outline-2 "
+    "focus:outline-primary-600 dark:bg-base-900 dark:border-base-700"
+)
+"""Classes of the theme for a field of a form."""
 
 
 def confirm(
@@ -79,8 +83,6 @@ def chosen_again(request: HttpRequest) -> dict[str, object]:
     if request.POST.get("select_across") == "1":
         fields["select_across"] = "1"
     return fields
-
-
 
 
 def _pairs(fields: Mapping[str, object]) -> list[tuple[str, object]]:

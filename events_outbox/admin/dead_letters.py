@@ -1,29 +1,34 @@
 """Dead letters: what happened, replay, discard."""
 
+import hashlib
 import time
 from typing import Any
 
 from django.contrib import admin, messages
 from django.db.models import QuerySet
+from django.db.models.functions import MD5
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 from django.utils.html import format_html, format_html_join
 
-from events_outbox import letter_actions
+from events_outbox import letter_actions, pauses
 from events_outbox.conf import outbox_settings
 from events_outbox.handlers import consumers
 from events_outbox.letter_actions import ReplayRefused
 from events_outbox.models import DeadLetter, OperatorAction, OutboxEvent
 
+from . import payload
 from .cells import moment, one_line
+from .confirmation import chosen_again, confirm, is_confirmed, reason_of
 from .filters import ConsumerFilter, EventTypeFilter, FieldChoiceFilter, TenantFilter
 from .read_only import EventIdAdmin
-from .texts import exact_time, readable
+from .texts import exact_time
 
 REQUEST_SECONDS = 20.0
 """How long a request handles events. What is left over is for the next one, or for the command."""
 SHOWN_ERRORS = 10
 SHOWN_BYTES = 4096
+COUNTED_WAITING = 10_000
 
 
 class StateFilter(admin.SimpleListFilter):
@@ -80,27 +85,41 @@ class DeadLetterAdmin(EventIdAdmin):
         "resolved_by",
         "resolution_reason",
     )
-    fields = (
-        "letter_state",
-        "consumer",
-        "reason",
-        "error",
-        "attempts",
-        "replays",
-        "failed",
-        "kept",
-        "resolved",
-        "event",
-        "event_type",
-        "tenant_id",
-        "key_text",
-        "place",
-        "decoded",
-        "header_lines",
-        "formatted_traceback",
-        "earlier_failures",
-        "audit_trail",
-        "raw_value",
+    fieldsets = (
+        (
+            "What happened",
+            {
+                "fields": (
+                    "letter_state",
+                    "consumer",
+                    "reason_in_words",
+                    "whole_error",
+                    "attempts",
+                    "replays",
+                    "failed",
+                    "kept",
+                    "resolved",
+                )
+            },
+        ),
+        (
+            "The event",
+            {
+                "fields": (
+                    "event",
+                    "event_type",
+                    "tenant_id",
+                    "key_text",
+                    "place",
+                    "header_lines",
+                    "decoded",
+                    "raw_value",
+                )
+            },
+        ),
+        ("Traceback", {"fields": ("formatted_traceback",)}),
+        ("History", {"fields": ("earlier_failures",)}),
+        ("Audit", {"fields": ("audit_trail",)}),
     )
     actions = ("replay", "replay_by_force", "discard")
 
@@ -119,6 +138,14 @@ class DeadLetterAdmin(EventIdAdmin):
     @admin.display(description="kept since")
     def kept_cell(self, letter: DeadLetter) -> str:
         return moment(letter.created_at)
+
+    @admin.display(description="reason")
+    def reason_in_words(self, letter: DeadLetter) -> str:
+        return f"{letter.reason}: {letter.get_reason_display()}"
+
+    @admin.display(description="error")
+    def whole_error(self, letter: DeadLetter) -> str:
+        return _block(letter.error, "error")
 
     @admin.display(description="failed")
     def failed(self, letter: DeadLetter) -> str:
@@ -141,7 +168,7 @@ class DeadLetterAdmin(EventIdAdmin):
         if emitted is None:
             return str(letter.event_id)
         url = reverse("admin:events_outbox_outboxevent_change", args=[emitted])
-        return format_html('<a href="{}">{}</a>', url, letter.event_id)
+        return format_html('<a class="text-link" href="{}">{}</a>', url, letter.event_id)
 
     @admin.display(description="key")
     def key_text(self, letter: DeadLetter) -> str:
@@ -153,24 +180,26 @@ class DeadLetterAdmin(EventIdAdmin):
 
     @admin.display(description="decoded event")
     def decoded(self, letter: DeadLetter) -> str:
-        return readable(letter.value)
+        return self.payload_on_page(letter, letter.value, subject=f"dead letter {letter.pk}")
 
     @admin.display(description="raw value (hex)")
     def raw_value(self, letter: DeadLetter) -> str:
         if letter.value is None:
             return "no value"
         raw = bytes(letter.value)
+        if not payload.may_view(letter.page_request):  # type: ignore[attr-defined]
+            return f"{len(raw)} bytes; {payload.NOT_SHOWN}"
         more = f"\n... the first {SHOWN_BYTES} of them" if len(raw) > SHOWN_BYTES else ""
-        return format_html("<pre>{} bytes\n{}{}</pre>", len(raw), raw[:SHOWN_BYTES].hex(" "), more)
+        return _block(f"{len(raw)} bytes\n{raw[:SHOWN_BYTES].hex(' ')}{more}", "raw value")
 
     @admin.display(description="headers")
     def header_lines(self, letter: DeadLetter) -> str:
         lines = [f"{name}: {value}" for name, value in letter.text_headers()]
-        return format_html("<pre>{}</pre>", "\n".join(lines)) if lines else "-"
+        return _block("\n".join(lines), "headers")
 
     @admin.display(description="traceback")
     def formatted_traceback(self, letter: DeadLetter) -> str:
-        return format_html("<pre>{}</pre>", letter.traceback) if letter.traceback else "-"
+        return _block(letter.traceback, "traceback")
 
     @admin.display(description="earlier failures")
     def earlier_failures(self, letter: DeadLetter) -> str:
@@ -178,8 +207,9 @@ class DeadLetterAdmin(EventIdAdmin):
             (f["at"], f["reason"], f["by"], f["attempts"], f["error"], f["traceback"] or "no traceback")
             for f in reversed(letter.history)
         ]
-        row = "<details><summary>{} {}, by {}, attempt {}: {}</summary><pre>{}</pre></details>"
-        return format_html_join("", row, failures) or "-"
+        row = '<details><summary>{} {}, by {}, attempt {}: {}</summary><pre class="operate-pre">{}</pre></details>'
+        rows = format_html_join("", row, failures)
+        return format_html('<div class="operate-history">{}</div>', rows) if rows else "-"
 
     @admin.display(description="audit trail")
     def audit_trail(self, letter: DeadLetter) -> str:
@@ -189,31 +219,39 @@ class DeadLetterAdmin(EventIdAdmin):
         ]
         return format_html_join("", "<div>{} {} by {} {}</div>", lines) or "-"
 
-    @admin.action(description="Replay: handle the events again, in order", permissions=["operate"])
-    def replay(self, request: HttpRequest, queryset: QuerySet[DeadLetter]) -> None:
-        self._replay(request, queryset, force=False)
+    def has_replay_permission(self, request: HttpRequest) -> bool:
+        return self.may(request, "replay_deadletter")
 
-    @admin.action(description="Replay by force: also what was replayed in vain too often", permissions=["operate"])
-    def replay_by_force(self, request: HttpRequest, queryset: QuerySet[DeadLetter]) -> None:
-        self._replay(request, queryset, force=True)
+    def has_discard_permission(self, request: HttpRequest) -> bool:
+        return self.may(request, "discard_deadletter")
 
-    def _replay(self, request: HttpRequest, queryset: QuerySet[DeadLetter], *, force: bool) -> None:
+    @admin.action(description="Replay: handle the events again, in order", permissions=["replay"])
+    def replay(self, request: HttpRequest, queryset: QuerySet[DeadLetter]) -> HttpResponse | None:
+        return self._replay(request, queryset, force=False)
+
+    @admin.action(description="Replay by force: also what was replayed in vain too often", permissions=["replay"])
+    def replay_by_force(self, request: HttpRequest, queryset: QuerySet[DeadLetter]) -> HttpResponse | None:
+        return self._replay(request, queryset, force=True)
+
+    def _replay(self, request: HttpRequest, queryset: QuerySet[DeadLetter], *, force: bool) -> HttpResponse | None:
         chosen = self.few(request, queryset, "dead_letters replay")
         if chosen is None:
-            return
+            return None
+        if not is_confirmed(request):
+            return self._ask_replay(request, chosen, force=force)
         letters = {letter.pk: letter for letter in chosen}
         deadline = time.monotonic() + REQUEST_SECONDS
         done, errors, waiting = 0, [], 0
         for outcome in letter_actions.replay(list(letters), by=str(request.user), force=force):
             if outcome.error:
-                errors.append(f"dead letter {outcome.letter_id}: {outcome.error}")
+                errors.append(f"Dead letter {outcome.letter_id}: {outcome.error}")
                 self.log(request, letters[outcome.letter_id], f"not replayed: {outcome.error}")
             else:
                 done += 1
                 self.log(request, letters[outcome.letter_id], "replayed")
             waiting += outcome.waiting
             if time.monotonic() > deadline:
-                errors.append(f"stopped after {REQUEST_SECONDS:.0f} seconds: replay the rest, or use the command")
+                errors.append(f"Stopped after {REQUEST_SECONDS:.0f} seconds: replay the rest, or use the command")
                 break
         released = self._release(chosen, deadline)
         for error in errors[:SHOWN_ERRORS]:
@@ -227,53 +265,110 @@ class DeadLetterAdmin(EventIdAdmin):
             self.message_user(request, f"{waiting} left alone behind a failed one of their key", messages.WARNING)
         if done or released:
             self.message_user(request, f"{done} dead letters replayed{_and_released(released)}")
+        return None
 
-    @admin.action(description="Discard: close without handling", permissions=["operate"])
+    def _ask_replay(self, request: HttpRequest, chosen: list[DeadLetter], *, force: bool) -> HttpResponse:
+        rehearsal = letter_actions.replay(
+            [letter.pk for letter in chosen], by=str(request.user), force=force, dry_run=True
+        )
+        outcomes = {outcome.letter_id: outcome for outcome in rehearsal}
+        ready = sum(not outcome.error for outcome in outcomes.values())
+        refused = len(chosen) - ready
+        behind = _waiting_behind(chosen)
+        warnings = []
+        if refused:
+            warnings.append(f"Not replayed: {refused}. The list says why.")
+        if behind:
+            warnings.append(f"Handled after them: {behind} that wait behind them in their keys.")
+        warnings += [
+            f"Consumer {name} is paused: the chosen ones are handled all the same, what waits behind them is not."
+            for name in sorted({letter.consumer for letter in chosen} & set(pauses.paused()))
+        ]
+        return confirm(
+            self,
+            request,
+            title="Replay dead letters by force" if force else "Replay dead letters",
+            introduction=f"Their handlers run again now, in order, for up to {REQUEST_SECONDS:.0f} seconds. One that "
+            "fails stays open, with the new failure, and those behind it in its key are left alone."
+            if ready
+            else "None of them can be replayed.",
+            warnings=warnings,
+            facts=[("Replayed", ready), ("Not replayed", refused), ("Waiting behind", behind)],
+            columns=("Id", "Consumer", "Event type", "Key", "Failed for", "Replays in vain", "What happens"),
+            rows=[
+                (
+                    letter.pk,
+                    letter.consumer,
+                    letter.event_type or "-",
+                    letter.text_key(),
+                    letter.error[:120],
+                    letter.replays,
+                    _outlook(outcomes.get(letter.pk)),
+                )
+                for letter in chosen
+            ],
+            action="replay_by_force" if force else "replay",
+            fields=chosen_again(request),
+            button=f"Replay {ready}" if ready else "",
+            back=request.get_full_path(),
+        )
+
+    @admin.action(description="Discard: close without handling", permissions=["discard"])
     def discard(self, request: HttpRequest, queryset: QuerySet[DeadLetter]) -> HttpResponse | None:
-        """Ask for the reason on a page of its own, then discard."""
+        """Say what goes on without them, ask for the reason, then discard."""
         chosen = self.few(request, queryset, "dead_letters discard")
         if chosen is None:
             return None
         if closed := [letter for letter in chosen if letter.resolution]:
             self.message_user(
-                request, f"dead letter {closed[0].pk} is closed already; nothing was changed", messages.ERROR
+                request, f"Dead letter {closed[0].pk} is closed already; nothing was changed", messages.ERROR
             )
             return None
-        reason = request.POST.get("reason", "").strip()
-        if "confirmed" not in request.POST or not reason:
-            return self.ask_why(
-                request,
-                introduction="These events will not be handled. They stay visible as discarded, with your name and the "
-                "reason.",
-                waiting="What waits behind them in their key is handled then."
-                if any(letter.key is not None and _parks(letter) for letter in chosen)
-                else "",
-                columns=("Id", "Consumer", "Event type", "Event id", "Key", "Reason", "Error"),
-                rows=[
-                    (
-                        letter.pk,
-                        (
-                            letter.consumer,
-                            letter.event_type or "-",
-                            letter.event_id,
-                            letter.text_key(),
-                            letter.reason,
-                            letter.error[:120],
-                        ),
-                    )
-                    for letter in chosen
-                ],
-            )
+        reason = reason_of(request)
+        if not is_confirmed(request, needs_reason=True):
+            return self._ask_discard(request, chosen)
         try:
             count = letter_actions.discard([letter.pk for letter in chosen], reason=reason, by=str(request.user))
         except ReplayRefused as error:
-            self.message_user(request, str(error), messages.ERROR)
+            text = str(error)
+            self.message_user(request, text[:1].upper() + text[1:], messages.ERROR)
             return None
         for letter in chosen:
             self.log(request, letter, f"discarded: {reason}")
         released = self._release(chosen, time.monotonic() + REQUEST_SECONDS)
         self.message_user(request, f"{count} dead letters discarded{_and_released(released)}")
         return None
+
+    def _ask_discard(self, request: HttpRequest, chosen: list[DeadLetter]) -> HttpResponse:
+        behind = _waiting_behind(chosen)
+        return confirm(
+            self,
+            request,
+            title="Discard dead letters",
+            introduction="These events will not be handled. They stay visible as discarded, with your name and the "
+            "reason.",
+            warnings=[f"What waits behind them in their key is handled then: {behind}."] if behind else [],
+            facts=[("Discarded", len(chosen)), ("Waiting behind", behind)],
+            columns=("Id", "Consumer", "Event type", "Event id", "Key", "Reason", "Error"),
+            rows=[
+                (
+                    letter.pk,
+                    letter.consumer,
+                    letter.event_type or "-",
+                    letter.event_id,
+                    letter.text_key(),
+                    letter.reason,
+                    letter.error[:120],
+                )
+                for letter in chosen
+            ],
+            action="discard",
+            fields=chosen_again(request),
+            button=f"Discard {len(chosen)}",
+            needs_reason=True,
+            danger=True,
+            back=request.get_full_path(),
+        )
 
     def _release(self, chosen: list[DeadLetter], deadline: float) -> int:
         """Handle what waited behind them; what is left over at the deadline is for the consumers."""
@@ -285,9 +380,47 @@ class DeadLetterAdmin(EventIdAdmin):
         )
 
 
+def _waiting_behind(chosen: list[DeadLetter]) -> int:
+    """How many open letters that are not chosen wait in the keys of these, as far as they are counted."""
+    keys: dict[tuple[str, str], set[bytes]] = {}
+    for letter in chosen:
+        if letter.key is not None and _parks(letter):
+            keys.setdefault((letter.consumer, letter.topic), set()).add(bytes(letter.key))
+    ids = [letter.pk for letter in chosen]
+    return sum(
+        DeadLetter.objects.open()
+        .alias(key_hash=MD5("key"))
+        .filter(consumer=consumer, topic=topic, key_hash__in=[_hash(key) for key in of_topic], key__in=of_topic)
+        .filter(reason=DeadLetter.Reason.BEHIND)
+        .exclude(pk__in=ids)
+        .order_by()[:COUNTED_WAITING]
+        .count()
+        for (consumer, topic), of_topic in keys.items()
+    )
+
+
+def _hash(key: bytes) -> str:
+    """As the index of the open letters has it."""
+    return hashlib.md5(key, usedforsecurity=False).hexdigest()
+
+
 def _parks(letter: DeadLetter) -> bool:
     return any(c.on_failure == "park_key" for c in consumers() if c.name == letter.consumer)
 
 
+def _outlook(outcome: letter_actions.Outcome | None) -> str:
+    if outcome is None:
+        return "not: it is closed, or stays behind one of its key that is not replayed"
+    return f"not: {outcome.error}" if outcome.error else "handled again"
+
+
 def _and_released(count: int) -> str:
     return f"; {count} that waited behind were handled" if count else ""
+
+
+def _block(text: str, name: str) -> str:
+    """Text as it is, in a box that scrolls by itself, also by keyboard."""
+    if not text:
+        return "-"
+    block = '<pre class="operate-pre" tabindex="0" role="region" aria-label="{}">{}</pre>'
+    return format_html(block, name, payload.readable_characters(text))

@@ -11,6 +11,7 @@ from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
 from .cells import moment, short_id
 from .event_page import EventPage
 from .filters import EventTypeFilter, TenantFilter, TopicFilter
+from .replay import ReplayPages
 
 
 class StatusFilter(admin.SimpleListFilter):
@@ -52,7 +53,7 @@ def _parked(**conditions: bool) -> Subquery:
 
 
 @admin.register(OutboxEvent)
-class OutboxEventAdmin(EventPage):
+class OutboxEventAdmin(ReplayPages, EventPage):
     list_display = ("created_cell", "event_type", "status", "aggregate", "tenant", "topic", "event")
     list_display_links = ("created_cell", "event")
     list_filter = (StatusFilter, EventTypeFilter, TopicFilter, TenantFilter)

@@ -1,6 +1,6 @@
 """What all pages have in common: rows to look at, whose they are, what an operator may do."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
@@ -11,10 +11,12 @@ from django.db.models import Q, QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.template.response import TemplateResponse
 from django.utils.module_loading import import_string
+from django.utils.safestring import SafeString
 
 from events_outbox.conf import outbox_settings
 from events_outbox.handlers import consumers
 
+from . import payload
 from .keyset import BoundedList
 
 if TYPE_CHECKING:
@@ -71,6 +73,9 @@ class TenantConfined(DjangoModelAdmin):
 class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
     """Rows can be looked at; each of the declared actions takes a permission of its own."""
 
+    class Media:
+        css: ClassVar[dict[str, list[str]]] = {"all": ["events_outbox/event.css", "events_outbox/operate.css"]}
+
     def has_add_permission(self, request: HttpRequest) -> bool:
         return False
 
@@ -83,6 +88,18 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
     def may(self, request: HttpRequest, codename: str) -> bool:
         """Whether the user has one of the permissions of events."""
         return bool(request.user.has_perm(f"events_outbox.{codename}"))
+
+    def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
+        obj: Any = super().get_object(request, object_id, from_field)
+        if obj is not None:
+            obj.page_request = request  # with the row, as an admin is shared by the threads
+        return obj
+
+    def payload_on_page(self, obj: Any, value: bytes | memoryview | None, *, subject: str) -> SafeString:
+        """An event as the page's user may see it. Asked for once a page, as looking is noted."""
+        if not hasattr(obj, "payload_shown"):
+            obj.payload_shown = payload.shown(obj.page_request, value, subject=subject)
+        return cast(SafeString, obj.payload_shown)
 
     def list_buttons(self, request: HttpRequest) -> list[tuple[str, str, str]]:
         """Buttons above the list that the user may press: what they say, where they lead, their icon."""
@@ -130,7 +147,7 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
     def log_many(self, request: HttpRequest, count: int, text: str) -> None:
         """Log what was done to many rows at once, in one line."""
         LogEntry.objects.create(
-            user_id=request.user.pk,
+            user_id=str(request.user.pk),
             content_type=ContentType.objects.get_for_model(self.model),
             object_repr=f"{count} {self.opts.verbose_name_plural}",
             action_flag=CHANGE,

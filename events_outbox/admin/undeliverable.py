@@ -1,19 +1,29 @@
 """Undeliverable events: redrive, discard."""
 
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import unquote_plus
 
 from django.contrib import admin, messages
+from django.contrib.admin.options import IncorrectLookupParameters
+from django.core.exceptions import PermissionDenied
 from django.db.models import Q, QuerySet
-from django.http import HttpRequest, HttpResponse
+from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.urls import URLPattern, path, reverse
+from django.utils.html import format_html
 
-from events_outbox import undeliverable
+from events_outbox import pauses, undeliverable
 from events_outbox.catalog import topics
 from events_outbox.models import UndeliverableEvent
 
 from .cells import moment, short_id
+from .confirmation import SHOWN_ROWS, chosen_again, confirm, is_confirmed, reason_of
 from .filters import ErrorNameFilter, TopicFilter
 from .read_only import ReadOnlyAdmin
-from .texts import readable
+from .texts import exact_time
+
+NOTED_IDS = 20
+"""Chosen ids that the audit trail lists."""
 
 
 class OpenFilter(admin.SimpleListFilter):
@@ -61,19 +71,9 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
         "discarded_by",
         "discard_reason",
     )
-    fields = (
-        "event",
-        "topic",
-        "aggregate_id",
-        "state",
-        "reason",
-        "error",
-        "parked_at",
-        "redrive_requested_at",
-        "discarded_at",
-        "discarded_by",
-        "discard_reason",
-        "decoded",
+    fieldsets = (
+        ("What happened", {"fields": ("state", "reason", "error", "parked_at", "redrive_requested_at", "closed")}),
+        ("The event", {"fields": ("linked_event", "topic", "aggregate_id", "decoded")}),
     )
     list_select_related = ("event",)
     actions = ("redrive", "discard")
@@ -112,44 +112,126 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
         return "open" if parked.redrive_requested_at is None else "to be redriven"
 
     @admin.display(description="event")
-    def decoded(self, parked: UndeliverableEvent) -> str:
-        return readable(parked.event.value)
+    def linked_event(self, parked: UndeliverableEvent) -> str:
+        url = reverse("admin:events_outbox_outboxevent_change", args=[parked.event_id])
+        return format_html('<a class="text-link" href="{}">{}</a>', url, parked.event)
 
-    @admin.action(description="Redrive with all events of the same key, in order", permissions=["operate"])
-    def redrive(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> None:
-        chosen = list(queryset)
+    @admin.display(description="discarded")
+    def closed(self, parked: UndeliverableEvent) -> str:
+        if parked.discarded_at is None:
+            return "-"
+        return f"{exact_time(parked.discarded_at)}, by {parked.discarded_by}: {parked.discard_reason}"
+
+    @admin.display(description="decoded")
+    def decoded(self, parked: UndeliverableEvent) -> str:
+        return self.payload_on_page(parked, parked.event.value, subject=f"event {parked.event.event_id}")
+
+    def get_urls(self) -> list[URLPattern]:
+        redrive = path("redrive/", self.admin_site.admin_view(self.redrive_view), name="events_outbox_redrive")
+        return [redrive, *super().get_urls()]
+
+    def list_buttons(self, request: HttpRequest) -> list[tuple[str, str, str]]:
+        if not self.has_redrive_permission(request):
+            return []
+        query = request.GET.urlencode()
+        address = reverse("admin:events_outbox_redrive")
+        return [("Redrive by filter", f"{address}?{query}" if query else address, "redo")]
+
+    def has_redrive_permission(self, request: HttpRequest) -> bool:
+        return self.may(request, "redrive_undeliverableevent")
+
+    def has_discard_permission(self, request: HttpRequest) -> bool:
+        return self.may(request, "discard_undeliverableevent")
+
+    def redrive_view(self, request: HttpRequest) -> HttpResponse:
+        """Redrive all that the list's filter shows, when that is confirmed."""
+        if not self.has_redrive_permission(request):
+            raise PermissionDenied
+        to_list = reverse("admin:events_outbox_undeliverableevent_changelist")
         try:
-            redriven = undeliverable.redrive(
-                undeliverable.with_ids([parked.pk for parked in chosen]), by=str(request.user)
-            )
-        except undeliverable.ActionRefused as error:
-            self.message_user(request, f"{error}; nothing was changed", messages.ERROR)
-            return
-        for parked in chosen:
-            self.log(request, parked, "redrive requested")
-        self.message_user(
-            request, f"{redriven.events} events of {redriven.keys} keys: the relay publishes them within seconds"
+            changelist: Any = self.get_changelist_instance(request)
+        except IncorrectLookupParameters:
+            return HttpResponseRedirect(f"{to_list}?e=1")
+        query = request.GET.urlencode()
+        back = f"{to_list}?{query}" if query else to_list
+        chosen_by = f"filter {unquote_plus(query) or 'none'}"
+        answer = self._redrive(request, changelist.queryset, chosen_by=chosen_by, fields={}, back=back)
+        return answer or HttpResponseRedirect(back)
+
+    @admin.action(description="Redrive with all events of the same key, in order", permissions=["redrive"])
+    def redrive(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> HttpResponse | None:
+        ids = sorted(queryset.values_list("pk", flat=True)[: NOTED_IDS + 1])
+        chosen_by = f"undeliverable {', '.join(map(str, ids[:NOTED_IDS]))}{' ...' if len(ids) > NOTED_IDS else ''}"
+        return self._redrive(
+            request,
+            queryset,
+            chosen_by=chosen_by,
+            action="redrive",
+            fields=chosen_again(request),
+            back=request.get_full_path(),
         )
 
-    @admin.action(description="Discard: give up, and let what waits behind go on", permissions=["operate"])
+    def _redrive(
+        self, request: HttpRequest, queryset: Any, *, chosen_by: str, fields: Mapping[str, object], **options: Any
+    ) -> HttpResponse | None:
+        by = str(request.user)
+        if is_confirmed(request):
+            redriven = undeliverable.redrive(queryset, by=by, chosen_by=chosen_by)
+            if not redriven.events:
+                self.message_user(request, "Nothing is to be redriven: none of them is open any more", messages.ERROR)
+                return None
+            self.log_many(request, redriven.events, f"Redrive requested: {chosen_by}")
+            done = f"{redriven.events} events of {redriven.keys} keys: the relay publishes them within seconds"
+            self.message_user(request, done)
+            return None
+        preview = undeliverable.redrive(queryset, by=by, dry_run=True)
+        total, is_open = queryset.count(), queryset.filter(discarded_at__isnull=True).count()
+        warnings = []
+        if total > is_open:
+            warnings.append(f"Not redriven: {total - is_open} that are discarded already.")
+        if preview.events > is_open:
+            waiting = preview.events - is_open
+            warnings.append(f"Redriven as well: {waiting} more of the same keys, as a key is published in order.")
+        if preview.events and pauses.relay_pause() is not None:
+            warnings.append("The relay is paused: they are published after its resumption.")
+        return confirm(
+            self,
+            request,
+            title="Redrive undeliverable events",
+            introduction="The relay publishes these events within seconds, each key whole and in order. What the "
+            "broker refuses again is undeliverable again."
+            if preview.events
+            else "There is nothing to redrive.",
+            warnings=warnings,
+            facts=[("Events", preview.events), ("Keys", preview.keys)],
+            columns=("Id", "Event", "Topic", "Aggregate", "Refused for", "What happens"),
+            rows=[
+                (p.pk, p.event, p.topic, p.aggregate_id, p.reason, _outlook(p))
+                for p in queryset.select_related("event").defer("event__value").order_by("id")[:SHOWN_ROWS]
+            ],
+            total=total,
+            fields=fields,
+            button=f"Redrive {preview.events}" if preview.events else "",
+            **options,
+        )
+
+    @admin.action(description="Discard: give up, and let what waits behind go on", permissions=["discard"])
     def discard(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> HttpResponse | None:
-        """Ask for the reason on a page of its own, then discard."""
+        """Say what goes on without them, ask for the reason, then discard."""
         chosen = self.few(request, queryset, "undeliverable discard")
         if chosen is None:
             return None
         ids = [parked.pk for parked in chosen]
-        reason = request.POST.get("reason", "")
+        reason = reason_of(request)
         try:
-            if "confirmed" in request.POST and reason.strip():
-                discarded = undeliverable.discard(ids, reason=reason, by=str(request.user))
-            else:
-                preview = undeliverable.discard(ids, reason="preview", by="", dry_run=True)
-                return self._ask_why(request, chosen, preview)
+            if not is_confirmed(request, needs_reason=True):
+                return self._ask_why(request, chosen, undeliverable.discard(ids, reason="preview", by="", dry_run=True))
+            discarded = undeliverable.discard(ids, reason=reason, by=str(request.user))
         except undeliverable.ActionRefused as error:
-            self.message_user(request, f"{error}; nothing was changed", messages.ERROR)
+            self.message_user(request, f"{_capitalised(error)}; nothing was changed", messages.ERROR)
             return None
         for parked in chosen:
-            self.log(request, parked, f"discarded: {reason.strip()}")
+            self.log(request, parked, f"discarded: {reason}")
         freed = discarded.redriven
         more = f"; {freed.events} events of {freed.keys} keys waited for them and are redriven" if freed.events else ""
         self.message_user(request, f"{discarded.events} undeliverable events discarded{more}")
@@ -159,13 +241,32 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
         self, request: HttpRequest, chosen: list[UndeliverableEvent], preview: undeliverable.Discarded
     ) -> HttpResponse:
         freed = preview.redriven
-        return self.ask_why(
+        waiting = f"{freed.events} events of {freed.keys} keys wait for them: the relay publishes those."
+        return confirm(
+            self,
             request,
+            title="Discard undeliverable events",
             introduction="These events will never be published. They stay visible as discarded, with your name and "
             "the reason.",
-            waiting=f"{freed.events} events of {freed.keys} keys wait for them: the relay publishes those."
-            if freed.events
-            else "",
+            warnings=[waiting] if freed.events else [],
+            facts=[("Discarded", preview.events), ("Published instead of waiting", freed.events)],
             columns=("Id", "Event", "Topic", "Aggregate", "Refused for"),
-            rows=[(p.pk, (p.event, p.topic, p.aggregate_id, p.reason)) for p in chosen],
+            rows=[(p.pk, p.event, p.topic, p.aggregate_id, p.reason) for p in chosen],
+            action="discard",
+            fields=chosen_again(request),
+            button=f"Discard {len(chosen)}",
+            needs_reason=True,
+            danger=True,
+            back=request.get_full_path(),
         )
+
+
+def _outlook(parked: UndeliverableEvent) -> str:
+    if parked.discarded_at is not None:
+        return f"stays discarded, by {parked.discarded_by}"
+    return "redriven" if parked.redrive_requested_at is None else "redriven; that is requested already"
+
+
+def _capitalised(error: Exception) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]

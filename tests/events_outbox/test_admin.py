@@ -1,5 +1,8 @@
 """The admin: derived status, readable events, filters, search, actions, no unbounded counts."""
 
+import re
+from html import unescape
+
 import pytest
 from django.contrib.admin.models import LogEntry
 from django.contrib.auth.models import Permission
@@ -62,22 +65,53 @@ def three_events(emit):
     return {"published": published, "undeliverable": undeliverable, "pending": emit("c-pending")}
 
 
+def visible(html):
+    """The text of a page as a reader sees it: without tags, whitespace collapsed."""
+    text = re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", html)
+    return " ".join(unescape(text).split())
+
+
 def page(client, model, **query):
     answer = client.get(reverse(f"admin:events_outbox_{model}_changelist"), query)
     assert answer.status_code == 200
     return answer.content.decode()
 
 
+def rows(client, model, **query):
+    """The rows of a list, each as the visible texts of its cells."""
+    found = re.findall(r"(?s)<tr\b.*?</tr>", page(client, model, **query))
+    return [[visible(cell) for cell in re.findall(r"(?s)<t[dh]\b.*?</t[dh]>", row)] for row in found if "<td" in row]
+
+
+def ids_listed(client, model, **query):
+    """The keys of the rows that a list shows, as its boxes have them."""
+    boxes = re.findall(r'<input[^>]*name="_selected_action"[^>]*>', page(client, model, **query))
+    return {int(re.search(r'value="(\d+)"', box)[1]) for box in boxes}
+
+
 def detail(client, obj):
     url = reverse(f"admin:events_outbox_{obj._meta.model_name}_change", args=[obj.pk])
     answer = client.get(url)
     assert answer.status_code == 200
-    return answer.content.decode()
+    return visible(answer.content.decode())
 
 
-def act(client, model, action, objects):
+def ask(client, model, action, objects, **fields):
+    """Choose an action: the answer is the page that says what will happen and asks, or why it will not."""
     url = reverse(f"admin:events_outbox_{model}_changelist")
-    return client.post(url, {"action": action, "_selected_action": [obj.pk for obj in objects]}, follow=True)
+    form = {"action": action, "_selected_action": [obj.pk for obj in objects], **fields}
+    return client.post(url, form, follow=True)
+
+
+def act(client, model, action, objects, **fields):
+    """Choose an action and confirm it."""
+    return ask(client, model, action, objects, confirmed="yes", **fields)
+
+
+def told(answer):
+    """What a page says."""
+    assert answer.status_code == 200
+    return visible(answer.content.decode())
 
 
 def test_status_is_derived_and_filtered(operator, three_events):

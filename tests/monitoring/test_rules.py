@@ -19,7 +19,13 @@ SECTIONS = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", RUNBOOK, re.DOTALL | 
 # Silence is what they are there for.
 FIRE_WITHOUT_DATA = {"WebDown", "RelayDown", "RelayWithoutLeader"}
 WITHOUT_RATIO_OR_RATE = FIRE_WITHOUT_DATA | {
-    *("RelayWithSeveralLeaders", "OutboxEventsWait", "OutboxEventsUndeliverable", "OutboxTransactionOpen"),
+    *(
+        "RelayWithSeveralLeaders",
+        "RelayPaused",
+        "OutboxEventsWait",
+        "OutboxEventsUndeliverable",
+        "OutboxTransactionOpen",
+    ),
     *("ConsumerLag", "ConsumerLate", "ConsumerLagUnknown", "ConsumerDown", "ConsumerPaused"),
     *("TargetDown", "MonitoringCollectorDown"),
 }

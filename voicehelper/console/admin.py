@@ -1,12 +1,25 @@
-"""Groups and tokens in the theme, as everything else in the admin."""
+"""What the console adds to the admin site: the overview; groups and tokens in the theme, as everything else."""
 
 from django.contrib import admin
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.models import Group
+from django.urls import URLPattern, path
 from rest_framework.authtoken.admin import TokenAdmin as RestTokenAdmin
 from rest_framework.authtoken.models import TokenProxy
 
 from events_outbox.admin.read_only import ModelAdmin
+
+from .views import overview_fragment
+
+admin.site.index_title = "Overview"
+
+
+def _extra_urls() -> list[URLPattern]:
+    fragment = admin.site.admin_view(overview_fragment)
+    return [path("overview/fragment/", fragment, name="overview_fragment")]
+
+
+setattr(admin.site, "extra_urls", _extra_urls)  # noqa: B010  # the theme's hook, which has no type
 
 admin.site.unregister([Group, TokenProxy])
 

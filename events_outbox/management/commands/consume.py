@@ -13,6 +13,7 @@ from django.db import Error
 from events_outbox.conf import outbox_settings
 from events_outbox.consumer import ConsumerProcess, ConsumerStopped
 from events_outbox.handlers import Consumer, consumer_named, consumers
+from events_outbox.heartbeats import Heartbeats, Kind, Vitals
 from events_outbox.management.arguments import positive
 from events_outbox.management.process import Together, run_until_signalled
 from events_outbox.pauses import paused
@@ -56,8 +57,7 @@ class Command(BaseCommand):
             self._supervise(chosen, options)
         else:
             with Worker(_role(chosen), options["metrics_port"], loops=_names(chosen)) as worker:
-                together = _together(chosen, worker, options)
-                run_until_signalled(together.run, together.stop)
+                _run(chosen, worker, options)
 
     def _supervise(self, chosen: Sequence[Consumer], options: dict[str, Any]) -> None:
         """Run workers, which run `_work()`."""
@@ -107,24 +107,29 @@ class _Loop:
         self.process.stop()
 
 
-def _together(chosen: Sequence[Consumer], listener: Worker | Parent, options: dict[str, Any]) -> Together:
-    """The consumers side by side; `listener` hears of their ticks and of their end."""
+def _run(chosen: Sequence[Consumer], listener: Worker | Parent, options: dict[str, Any]) -> None:
+    """Run the consumers side by side; `listener` hears of their ticks and of their end, and a parent is obeyed."""
     loops = {}
     for consumer in chosen:
         process = ConsumerProcess(
-            consumer, batch_size=options["batch_size"], on_tick=partial(listener.tick, consumer.name)
+            consumer,
+            batch_size=options["batch_size"],
+            on_tick=partial(listener.tick, consumer.name),
+            vitals=Vitals(Kind.CONSUMER, consumer.name, options["metrics_port"]),
         )
         loops[consumer.name] = _Loop(process, options["until_idle"])
-    return Together(loops, listener.done)
+    together = Together(loops, listener.done)
+    if isinstance(listener, Parent):
+        listener.obey(together.stop)
+    with Heartbeats([loop.process.vitals for loop in loops.values()]):
+        run_until_signalled(together.run, together.stop)
 
 
 def _work(chosen: Sequence[Consumer], options: dict[str, Any]) -> None:
     """Be one of the workers that a parent process keeps going."""
     with Parent(options["supervised_by"]) as parent, Worker(_role(chosen), 0):
-        together = _together(chosen, parent, options)
-        parent.obey(together.stop)
         try:
-            run_until_signalled(together.run, together.stop)
+            _run(chosen, parent, options)
         except CommandError as error:
             parent.failed(str(error))
             raise

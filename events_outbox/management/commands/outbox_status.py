@@ -70,6 +70,7 @@ def _lines(status: OutboxStatus, lags: Mapping[str, Lag]) -> list[tuple[str, str
         undeliverable += f"; {status.undeliverable_discarded:,} discarded"
     return [
         ("leader", _leader(status)),
+        *([("paused", _paused(status.relay_paused_at, status))] if status.relay_paused_at else []),
         ("heartbeat", _ago(status.heartbeat_age_seconds)),
         ("standbys", str(status.standbys)),
         ("pending", f"{status.pending:,}" if status.cursor_is_of_this_cluster else "not known until a relay leads"),
@@ -120,6 +121,10 @@ def _leader(status: OutboxStatus) -> str:
         led_seconds = max((timezone.now() - status.leader_since).total_seconds(), 0.0)
         since = f", since {_time(status.leader_since)} ({readable_seconds(led_seconds)})"
     return f"{status.leader_host}, pid {status.leader_pid}{since}"
+
+
+def _paused(since: datetime, status: OutboxStatus) -> str:
+    return f"by {status.relay_paused_by} since {_time(since)}: {status.relay_pause_reason}"
 
 
 def _open_transactions(status: OutboxStatus) -> str:

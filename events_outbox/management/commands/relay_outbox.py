@@ -4,6 +4,7 @@ from typing import Any
 from django.core.exceptions import ImproperlyConfigured
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from events_outbox.heartbeats import Heartbeats, Kind, Vitals
 from events_outbox.management.process import run_until_signalled
 from events_outbox.relay import Relay
 from monitoring.worker import Worker
@@ -19,8 +20,9 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         try:
-            with Worker("relay", options["metrics_port"]) as worker:
-                relay = Relay(batch_size=options["batch_size"], on_tick=worker.tick)
+            vitals = Vitals(Kind.RELAY, "relay", options["metrics_port"])
+            with Worker("relay", options["metrics_port"]) as worker, Heartbeats([vitals]):
+                relay = Relay(batch_size=options["batch_size"], on_tick=worker.tick, vitals=vitals)
                 run_until_signalled(partial(relay.run, until_empty=options["until_empty"]), relay.stop)
         except ImproperlyConfigured as error:
             raise CommandError(str(error)) from error
