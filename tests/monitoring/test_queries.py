@@ -327,7 +327,7 @@ def test_every_figure_of_the_overview_has_an_answer(system, settings):
             "alerts": found.prometheus is None,
             "published": found.published_per_minute,
             "failures": found.failure_share is not None,
-            "charts": all(line.last is not None for chart in charts for line in chart.lines) and charts[0].lines,
+            "charts": all(line.latest is not None for chart in charts for line in chart.lines) and charts[0].lines,
             "http": None not in (found.http.per_second, found.http.error_share, found.http.p95, found.http.p99),
             "handled": {"analytics", "audit"} <= found.handled.keys(),
             "lag": {"analytics", "audit", "notification"} <= found.lag.keys() & found.lag_seconds.keys(),

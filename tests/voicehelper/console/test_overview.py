@@ -20,6 +20,7 @@ from events_outbox.models import DeadLetter, OutboxEvent, UndeliverableEvent, Wo
 from monitoring import prometheus
 from voicehelper.console import database, lags, overview
 from voicehelper.console.database import emitted_per_minute
+from voicehelper.console.figures import Line
 from voicehelper.console.own_metrics import quantile
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
@@ -222,6 +223,12 @@ def test_emitted_per_minute_by_bisection(db, tenant):
 
 def test_emitted_per_minute_of_an_empty_outbox(db):
     assert set(emitted_per_minute().lines[0].values) == {0.0}
+
+
+def test_an_old_value_is_not_the_latest():
+    assert Line("a", [1.0, 2.0, None]).latest == 2.0
+    assert Line("a", [1.0, None, None]).latest is None
+    assert Line("a", [1.0, 0.0]).latest == 0.0
 
 
 def test_quantiles_are_reckoned_as_prometheus_does():
