@@ -92,6 +92,10 @@ class BoundedChangeList(ChangeList):
     def get_ordering(self, request: HttpRequest, queryset: QuerySet[Any]) -> Any:
         return ["-pk"] if self.by_key else super().get_ordering(request, queryset)
 
+    def get_ordering_field_columns(self) -> Any:
+        # Asked for with each row; no column of such a list can be sorted.
+        return {} if self.by_key else super().get_ordering_field_columns()
+
     def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet[Any]:
         self.by_key = self.model_admin.is_ordered_by_key(request)
         # Links keep the conditions, but not the place; a form sends what was left empty too.
@@ -179,11 +183,11 @@ class BoundedChangeList(ChangeList):
         self.paginator = Paginator(self.result_list, self.list_per_page)
         self.show_full_result_count = self.can_show_all = self.multi_page = False
         self.show_admin_actions = True
-        self.full_result_count = None
         self.count: int | None = self._count()
         # What "select all" offers: only what was counted.
         is_total = self.count is not None and self.count < PAGED_ROWS
         self.result_count = self.count if is_total and self.count is not None else len(self.result_list)
+        self.full_result_count = self.result_count  # else the theme tells the one above the list
 
     def _page(self) -> list[Any]:
         if AFTER in self._asked or OLDEST in self._asked:
