@@ -12,7 +12,7 @@ from events_outbox.handlers import consumers
 from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent, RelayCursor
 
 from .read_only import ReadOnlyAdmin
-from .texts import exact_time, readable
+from .texts import exact_time
 
 
 class EventPage(ReadOnlyAdmin):
@@ -53,7 +53,7 @@ class EventPage(ReadOnlyAdmin):
 
     @admin.display(description="event")
     def decoded(self, event: OutboxEvent) -> str:
-        return readable(event.value)
+        return self.payload_on_page(event, event.value, subject=f"event {event.event_id}")
 
     @admin.display(description="size (bytes)")
     def size_bytes(self, event: OutboxEvent) -> int:
