@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from django.db.models import F, Func, IntegerField
+from django.db.models import F, Func, IntegerField, QuerySet
 from google.protobuf.message import DecodeError
 
-from .models import OutboxEvent, OutboxEventQuerySet
+from .models import OutboxEvent
 from .proto.base_event_pb2 import BaseEvent
 
 GROUP_EVENTS = 200
@@ -45,7 +45,7 @@ class Group:
 
 
 def correlation_group(
-    event: OutboxEvent, events: OutboxEventQuerySet, *, limit: int = GROUP_EVENTS, max_bytes: int = GROUP_BYTES
+    event: OutboxEvent, events: QuerySet[OutboxEvent], *, limit: int = GROUP_EVENTS, max_bytes: int = GROUP_BYTES
 ) -> Group:
     """The event's group, of those `events` that may be seen: the first ones of it, and the way to this one."""
     shown: dict[int, OutboxEvent] = {}
@@ -63,7 +63,7 @@ def correlation_group(
 
 
 def _add_ancestors(
-    event: OutboxEvent, events: OutboxEventQuerySet, shown: dict[int, OutboxEvent], causes: dict[int, str]
+    event: OutboxEvent, events: QuerySet[OutboxEvent], shown: dict[int, OutboxEvent], causes: dict[int, str]
 ) -> None:
     """Add the causes of the event, and theirs, that are not among the first ones."""
     known = {str(one.event_id) for one in shown.values()}

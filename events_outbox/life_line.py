@@ -112,8 +112,8 @@ class LifeLine:
         return f"published, handled by {', '.join(handled)}" if handled else "published"
 
 
-def read(event: OutboxEvent, cursor: RelayCursor) -> Known:
-    """Ask the database."""
+def read(event: OutboxEvent, cursor: RelayCursor, kafka: KafkaKnows | None = None) -> Known:
+    """Ask the database. `kafka`: what Kafka told before, None when it was not asked."""
     registered = consumers()
     names = [consumer.name for consumer in registered]
     of_event = {"event_id": event.event_id, "consumer__in": names}
@@ -139,6 +139,7 @@ def read(event: OutboxEvent, cursor: RelayCursor) -> Known:
             )
             for consumer in registered
         ],
+        kafka=kafka,
     )
 
 
@@ -246,7 +247,13 @@ def _consumer(consumer: ConsumerKnows, known: Known, published: Step, shows_oper
     if published.state != "published":
         return Step(consumer.name, "waiting", "waiting" if published.tone == "waiting" else "off", "not published yet")
     if consumer.paused:
-        return Step(consumer.name, "paused", "waiting", "waits: the consumer is paused", details=[consumer.paused])
+        return Step(
+            consumer.name,
+            "paused",
+            "waiting",
+            "waits: the consumer is paused",
+            details=[consumer.paused] if shows_operation else [],
+        )
     return _waiting(consumer, known, published, shows_operation)
 
 

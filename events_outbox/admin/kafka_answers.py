@@ -1,0 +1,47 @@
+"""What Kafka lately told of an event, for a few seconds: pages that refresh themselves ask for it again and again."""
+
+import threading
+import time
+from collections import OrderedDict
+
+from events_outbox.life_line import KafkaKnows, ask_kafka
+from events_outbox.models import OutboxEvent
+from events_outbox.record_search import RecordSearch
+
+KEPT_SECONDS = 2.0
+KEPT_WITHOUT_ANSWER_SECONDS = 10.0
+"""While Kafka is away each question takes its whole time: it is not asked as often."""
+KEPT_EVENTS = 200
+AT_ONCE = 4
+"""Each search has clients and threads of its own: a process makes so many at the same time."""
+
+_kept: "OrderedDict[int, tuple[float, KafkaKnows]]" = OrderedDict()
+_lock = threading.Lock()
+_searches = threading.BoundedSemaphore(AT_ONCE)
+
+
+def lately(event: OutboxEvent) -> KafkaKnows:
+    """Return what Kafka tells of the event, at most a few seconds old."""
+    with _lock:
+        until, answer = _kept.get(event.pk, (0.0, None))
+    if answer is not None and time.monotonic() < until:
+        return answer
+    if not _searches.acquire(blocking=False):
+        return answer or KafkaKnows(RecordSearch(not_known="others are being looked for, it is asked again"))
+    try:
+        answer = ask_kafka(event)
+    finally:
+        _searches.release()
+    seconds = KEPT_WITHOUT_ANSWER_SECONDS if answer.search.not_known else KEPT_SECONDS
+    with _lock:
+        _kept[event.pk] = (time.monotonic() + seconds, answer)
+        _kept.move_to_end(event.pk)
+        while len(_kept) > KEPT_EVENTS:
+            _kept.popitem(last=False)
+    return answer
+
+
+def forget() -> None:
+    """Ask anew from now on, for every event."""
+    with _lock:
+        _kept.clear()
