@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from django.contrib import admin, messages
-from django.db.models import QuerySet
+from django.db.models import CharField, QuerySet
 from django.db.models.functions import MD5
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
@@ -389,7 +389,7 @@ def _waiting_behind(chosen: list[DeadLetter]) -> int:
     ids = [letter.pk for letter in chosen]
     return sum(
         DeadLetter.objects.open()
-        .alias(key_hash=MD5("key"))
+        .alias(key_hash=MD5("key", output_field=CharField()))
         .filter(consumer=consumer, topic=topic, key_hash__in=[_hash(key) for key in of_topic], key__in=of_topic)
         .filter(reason=DeadLetter.Reason.BEHIND)
         .exclude(pk__in=ids)

@@ -1,5 +1,6 @@
 """What all pages have in common: rows to look at, whose they are, what an operator may do."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from django.contrib import admin, messages
@@ -15,6 +16,7 @@ from django.utils.safestring import SafeString
 
 from events_outbox.conf import outbox_settings
 from events_outbox.handlers import consumers
+from events_outbox.operators import note_action
 
 from . import payload
 from .keyset import BoundedList
@@ -73,6 +75,9 @@ class TenantConfined(DjangoModelAdmin):
 class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
     """Rows can be looked at; each of the declared actions takes a permission of its own."""
 
+    payload_fields: Sequence[str] = ()
+    """Fields that hold what an event carries, or what its users wrote: seen with the permission for payloads alone."""
+
     class Media:
         css: ClassVar[dict[str, list[str]]] = {"all": ["events_outbox/event.css", "events_outbox/operate.css"]}
 
@@ -84,6 +89,10 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
 
     def has_delete_permission(self, request: HttpRequest, obj: Any = None) -> bool:
         return False
+
+    def get_exclude(self, request: HttpRequest, obj: Any = None) -> Any:
+        hidden = () if payload.may_view(request) else self.payload_fields
+        return [*(super().get_exclude(request, obj) or ()), *hidden]
 
     def may(self, request: HttpRequest, codename: str) -> bool:
         """Whether the user has one of the permissions of events."""
@@ -125,9 +134,13 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
         extra_context: dict[str, Any] | None = None,
     ) -> HttpResponse:
         answer: HttpResponse = super().changeform_view(request, object_id, form_url, extra_context)
-        shown = getattr(answer, "context_data", None) or {}
-        buttons = self.page_buttons(request, shown["original"]) if shown.get("original") is not None else []
-        return _with_buttons(answer, "actions_detail", buttons)
+        shown = (getattr(answer, "context_data", None) or {}).get("original")
+        if shown is None:
+            return answer
+        if self.payload_fields and payload.may_view(request):
+            subject = f"{self.opts.verbose_name} {shown.pk}"
+            note_action("payload.viewed", consumer="", subject=subject, by=str(request.user))
+        return _with_buttons(answer, "actions_detail", self.page_buttons(request, shown))
 
     def log(self, request: HttpRequest, obj: models.Model, text: str) -> None:
         user_id = str(request.user.pk)

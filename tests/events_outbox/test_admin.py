@@ -10,6 +10,7 @@ from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
+from django.utils import timezone
 
 from events_outbox import RetryPolicy, handlers, pauses
 from events_outbox.admin.keyset import PAGED_ROWS
@@ -22,6 +23,7 @@ from events_outbox.models import (
     OutboxEvent,
     RelayCursor,
     UndeliverableEvent,
+    Worker,
 )
 from events_outbox.operators import ACTIONS
 from events_outbox.proto.base_event_pb2 import BaseEvent
@@ -67,7 +69,7 @@ def three_events(emit):
 
 def visible(html):
     """The text of a page as a reader sees it: without tags, whitespace collapsed."""
-    text = re.sub(r"(?s)<(script|style)\b.*?</\1>|<[^>]*>", " ", html)
+    text = re.sub(r"""(?s)<(script|style)\b.*?</\1>|<(?:"[^"]*"|'[^']*'|[^>"'])*>""", " ", html)
     return " ".join(unescape(text).split())
 
 
@@ -116,7 +118,8 @@ def told(answer):
 
 def test_status_is_derived_and_filtered(operator, three_events):
     for status, event in three_events.items():
-        assert f'<td class="field-status">{status}</td>' in page(operator, "outboxevent", q=event.aggregate_id)
+        ((*_, found),) = [rows(operator, "outboxevent", q=event.aggregate_id)]
+        assert status in found
         filtered = page(operator, "outboxevent", status=status)
         assert str(event.event_id) in filtered
         others = [e for s, e in three_events.items() if s != status]
@@ -127,12 +130,12 @@ def test_an_event_is_readable(operator, three_events):
     event = three_events["published"]
     text = detail(operator, event)
     for shown in (
-        "&quot;event_type&quot;: &quot;conversation.created&quot;",
-        "&quot;@type&quot;: &quot;type.googleapis.com/voicehelper.conversation.v1.ConversationCreatedPayload&quot;",
-        "&quot;title&quot;: &quot;hello&quot;",
+        '"event_type": "conversation.created"',
+        '"@type": "type.googleapis.com/voicehelper.conversation.v1.ConversationCreatedPayload"',
+        '"title": "hello"',
     ):
         assert shown in text
-    assert 'name="_save"' not in text
+    assert "Save" not in text
 
 
 def test_an_event_tells_who_handled_it(operator, three_events):
@@ -186,7 +189,7 @@ def test_the_number_of_queries_does_not_grow_with_the_rows(operator, three_event
 
 
 def test_the_cursor_shows_who_leads_and_what_is_pending(operator, three_events):
-    assert '<td class="field-pending">1</td>' in page(operator, "relaycursor")
+    assert "1" in rows(operator, "relaycursor")[0]
     assert "host:1" in detail(operator, RelayCursor.objects.get())
 
 
@@ -195,10 +198,15 @@ def test_redrive_marks_the_whole_key_and_is_logged(operator, three_events, emit)
     behind = UndeliverableEvent.objects.create(
         event=emit("c-parked"), topic=parked.topic, aggregate_id="c-parked", reason="behind", error="x"
     )
-    answer = act(operator, "undeliverableevent", "redrive", [behind])
-    assert "2 events of 1 keys" in answer.content.decode()
+    asked = told(ask(operator, "undeliverableevent", "redrive", [behind]))
+    assert "Events 2 Keys 1" in asked and "1 more of the same keys" in asked
+    assert not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists()
+    assert "2 events of 1 keys" in told(act(operator, "undeliverableevent", "redrive", [behind]))
     assert UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).count() == 2
-    assert "redrive requested" in LogEntry.objects.get().change_message
+    assert "Redrive requested" in LogEntry.objects.get().change_message
+    done = OperatorAction.objects.get()
+    assert (done.action, done.by, done.subject) == ("undeliverable.redriven", "alice", f"undeliverable {behind.pk}")
+    assert done.detail == {"events": 2, "keys": 1}
 
 
 @pytest.fixture
@@ -212,20 +220,17 @@ def parked_key(three_events, emit):
 
 
 def confirm_discard(client, objects, reason, model="undeliverableevent"):
-    url = reverse(f"admin:events_outbox_{model}_changelist")
-    ids = [obj.pk for obj in objects]
-    form = {"action": "discard", "_selected_action": ids, "confirmed": "yes", "reason": reason}
-    return client.post(url, form, follow=True).content.decode()
+    return told(act(client, model, "discard", objects, reason=reason))
 
 
 def test_discard_asks_for_a_reason_and_is_logged(operator, parked_key):
     parked, behind = parked_key
-    asked = act(operator, "undeliverableevent", "discard", [parked]).content.decode()
-    assert "conversation.created" in asked and 'name="reason"' in asked
+    answer = ask(operator, "undeliverableevent", "discard", [parked])
+    asked = told(answer)
+    assert "conversation.created" in asked and 'name="reason"' in answer.content.decode()
     assert "1 events of 1 keys wait for them" in asked
     assert "Say why" not in asked
-    asked_again = confirm_discard(operator, [parked], " ")
-    assert "Say why" in asked_again and 'name="reason"' in asked_again
+    assert "Say why" in confirm_discard(operator, [parked], " ")
     assert UndeliverableEvent.objects.open().count() == 2 and not LogEntry.objects.exists()
 
     answer = confirm_discard(operator, [parked], "test data")
@@ -236,6 +241,8 @@ def test_discard_asks_for_a_reason_and_is_logged(operator, parked_key):
     assert behind.discarded_at is None and behind.redrive_requested_at
     entry = LogEntry.objects.get()
     assert entry.change_message == "discarded: test data" and entry.object_id == str(parked.pk)
+    done = OperatorAction.objects.get()
+    assert (done.action, done.by, done.reason) == ("undeliverable.discarded", "alice", "test data")
     assert "Discarded already" in confirm_discard(operator, [parked], "again")
     text = detail(operator, parked)
     assert "test data" in text and "alice" in text
@@ -246,20 +253,19 @@ def test_open_and_discarded_events_are_told_apart(operator, parked_key):
     confirm_discard(operator, [parked], "test data")
 
     def listed(**query):
-        text = page(operator, "undeliverableevent", **query)
-        return {p.pk for p in parked_key if f'value="{p.pk}" class="action-select"' in text}
+        return ids_listed(operator, "undeliverableevent", **query)
 
     assert listed() == {parked.pk, behind.pk}
     assert listed(state="open") == {behind.pk} and listed(state="discarded") == {parked.pk}
-    states = page(operator, "undeliverableevent")
-    assert '<td class="field-state">discarded</td>' in states
-    assert '<td class="field-state">to be redriven</td>' in states
-    answer = act(operator, "undeliverableevent", "redrive", [parked, behind]).content.decode()
-    assert "Discarded already" in answer and "nothing was changed" in answer
+    newest, oldest = rows(operator, "undeliverableevent")
+    assert "to be redriven" in newest and "discarded" in oldest
+    asked = told(ask(operator, "undeliverableevent", "redrive", [parked, behind]))
+    assert "Not redriven: 1 that are discarded already" in asked and "stays discarded, by alice" in asked
+    assert "none of them is open" in told(act(operator, "undeliverableevent", "redrive", [parked]))
 
     # The event itself is shown as discarded, and no more as undeliverable.
     event_id = str(parked.event.event_id)
-    assert '<td class="field-status">discarded</td>' in page(operator, "outboxevent", q=event_id)
+    assert "discarded" in rows(operator, "outboxevent", q=event_id)[0]
     assert event_id in page(operator, "outboxevent", status="discarded")
     for status in ("undeliverable", "published", "pending"):
         assert event_id not in page(operator, "outboxevent", status=status)
@@ -267,22 +273,25 @@ def test_open_and_discarded_events_are_told_apart(operator, parked_key):
 
 def test_more_than_can_be_looked_at_is_not_discarded_at_once(operator, parked_key, monkeypatch):
     monkeypatch.setattr("events_outbox.admin.read_only.AT_ONCE", 1)
-    answer = act(operator, "undeliverableevent", "discard", parked_key).content.decode()
+    answer = told(act(operator, "undeliverableevent", "discard", parked_key, reason="x"))
     assert "Select at most 1, or use `manage.py undeliverable discard`" in answer
 
 
 def test_a_hostile_aggregate_id_is_text_on_the_discard_page(operator, parked_key):
     parked, _ = parked_key
     UndeliverableEvent.objects.filter(pk=parked.pk).update(aggregate_id="<script>alert(1)</script>")
-    asked = act(operator, "undeliverableevent", "discard", [parked]).content.decode()
+    asked = ask(operator, "undeliverableevent", "discard", [parked]).content.decode()
     assert "&lt;script&gt;alert(1)" in asked and "<script>alert(1)" not in asked
 
 
 def test_who_may_only_look_cannot_redrive_or_discard(onlooker, parked_key):
     for word in ('value="redrive"', 'value="discard"'):
         assert word not in page(onlooker, "undeliverableevent")
-    act(onlooker, "undeliverableevent", "redrive", parked_key)
-    confirm_discard(onlooker, parked_key, "because")
+    for word in ("redrive", "discard"):
+        assert ask(onlooker, "undeliverableevent", word, parked_key).status_code == 403
+        assert act(onlooker, "undeliverableevent", word, parked_key, reason="because").status_code == 403
+    url = reverse("admin:events_outbox_redrive")
+    assert onlooker.get(url).status_code == onlooker.post(url, {"confirmed": "yes"}).status_code == 403
     assert UndeliverableEvent.objects.open().filter(redrive_requested_at__isnull=True).count() == 2
 
 
@@ -327,39 +336,47 @@ def test_a_dead_letter_shows_what_happened(operator, letters):
     text = detail(operator, letter)
     for shown in (
         "Broken: it was broken",
-        "&quot;title&quot;: &quot;hello&quot;",
+        '"title": "hello"',
         bytes(letter.value)[:20].hex(" "),
         "conversation.events/0/5",
         "event_type: conversation.created",
         "Traceback (most recent call last)",
         "failed, by consumer, attempt 1: Broken",
         "dead_letter.replay_failed by alice Broken: it was broken",
-        reverse("admin:events_outbox_outboxevent_change", args=[OutboxEvent.objects.earliest("id").pk]),
+        "Attempts 2 ",
+        "Replays 1 ",
     ):
         assert shown in text, shown
-    for attempts_or_replays in ("2", "1"):
-        assert f'<div class="readonly">{attempts_or_replays}</div>' in text
-    listed = page(operator, "deadletter", q=str(letter.event_id))
-    for field, value in (("letter_state", "open"), ("short_reason", "failed")):
-        assert f'<td class="field-{field}">{value}</td>' in listed
+    event = reverse("admin:events_outbox_outboxevent_change", args=[OutboxEvent.objects.earliest("id").pk])
+    url = reverse("admin:events_outbox_deadletter_change", args=[letter.pk])
+    assert f'href="{event}"' in operator.get(url).content.decode()
+    (listed,) = rows(operator, "deadletter", q=str(letter.event_id))
+    assert "open" in listed and "failed" in listed
 
 
 def test_a_replay_handles_what_waited_behind_too(operator, parking, letters):
     parking.broken.clear()
-    answer = act(operator, "deadletter", "replay", letters[:1]).content.decode()
+    asked = told(ask(operator, "deadletter", "replay", letters[:1]))
+    assert "Replayed 1 Not replayed 0 Waiting behind 1" in asked and "handled again" in asked
+    assert parking.handled == [] and not LogEntry.objects.exists()
+    answer = told(act(operator, "deadletter", "replay", letters[:1]))
     assert "1 dead letters replayed; 1 that waited behind were handled" in answer
     assert parking.handled == [0, 1] and not DeadLetter.objects.open().exists()
     assert logged(letters[0]) == ["replayed"]
     assert OperatorAction.objects.get().by == "alice"
-    assert "replayed already" in act(operator, "deadletter", "replay", letters[:1]).content.decode()
+    asked = told(ask(operator, "deadletter", "replay", letters[:1]))
+    assert "not: replayed already" in asked and "None of them can be replayed" in asked and "No, take" not in asked
+    assert "replayed already" in told(act(operator, "deadletter", "replay", letters[:1]))
 
 
 def test_a_replay_that_fails_is_told_and_logged(operator, parking, letters):
-    answer = act(operator, "deadletter", "replay", letters).content.decode()
+    answer = told(act(operator, "deadletter", "replay", letters))
     assert f"Dead letter {letters[0].pk}: Broken: it was broken" in answer
     assert "1 left alone behind a failed one of their key" in answer and "replayed;" not in answer
     assert logged(letters[0]) == ["not replayed: Broken: it was broken"] and logged(letters[1]) == []
-    answer = act(operator, "deadletter", "replay", letters[1:]).content.decode()
+    first = f"dead letter {letters[0].pk} of the same key comes first"
+    assert first in told(ask(operator, "deadletter", "replay", letters[1:]))
+    answer = told(act(operator, "deadletter", "replay", letters[1:]))
     assert f"dead letter {letters[0].pk} of the same key comes first" in answer
 
 
@@ -367,7 +384,8 @@ def test_what_was_replayed_in_vain_too_often_takes_force(operator, parking, lett
     settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "MAX_REPLAYS": 1}
     act(operator, "deadletter", "replay", letters[:1])
     parking.broken.clear()
-    answer = act(operator, "deadletter", "replay", letters[:1]).content.decode()
+    assert "replayed in vain 1 times" in told(ask(operator, "deadletter", "replay", letters[:1]))
+    answer = told(act(operator, "deadletter", "replay", letters[:1]))
     assert "After 1 replays in vain a letter takes force" in answer and parking.handled == []
     act(operator, "deadletter", "replay_by_force", letters[:1])
     assert parking.handled == [0, 1]
@@ -376,15 +394,16 @@ def test_what_was_replayed_in_vain_too_often_takes_force(operator, parking, lett
 def test_a_replay_ends_with_the_request(operator, parking, letters, monkeypatch):
     monkeypatch.setattr("events_outbox.admin.dead_letters.REQUEST_SECONDS", 0)
     parking.broken.clear()
-    answer = act(operator, "deadletter", "replay", letters).content.decode()
+    answer = told(act(operator, "deadletter", "replay", letters))
     assert "Stopped after 0 seconds" in answer and parking.handled == [0]
     assert [letter.state for letter in DeadLetter.objects.order_by("id")] == ["replayed", "released"]
 
 
 def test_a_dead_letter_is_discarded_with_a_reason(operator, parking, letters):
-    asked = act(operator, "deadletter", "discard", letters[:1]).content.decode()
-    assert "Broken: it was broken" in asked and 'name="reason"' in asked and "Say why" not in asked
-    assert "What waits behind them in their key is handled then" in asked
+    answer = ask(operator, "deadletter", "discard", letters[:1])
+    asked = told(answer)
+    assert "Broken: it was broken" in asked and 'name="reason"' in answer.content.decode() and "Say why" not in asked
+    assert "What waits behind them in their key is handled then: 1" in asked
     assert "Say why" in confirm_discard(operator, letters[:1], " ", "deadletter")
     assert DeadLetter.objects.open().count() == 2 and not LogEntry.objects.exists()
     answer = confirm_discard(operator, letters[:1], "test data", "deadletter")
@@ -392,12 +411,10 @@ def test_a_dead_letter_is_discarded_with_a_reason(operator, parking, letters):
     assert logged(letters[0]) == ["discarded: test data"]
     assert "discarded by alice: test data" in detail(operator, letters[0])
     assert "is closed already; nothing was changed" in confirm_discard(operator, letters[:1], "again", "deadletter")
-    action = OperatorAction.objects.get()
+    action = OperatorAction.objects.exclude(action="payload.viewed").get()
     assert (action.action, action.by, action.reason) == ("dead_letter.discarded", "alice", "test data")
     for state, shown in [("discarded", letters[0]), ("replayed", letters[1]), ("open", None)]:
-        text = page(operator, "deadletter", state=state)
-        listed = [letter for letter in letters if f'value="{letter.pk}" class="action-select"' in text]
-        assert listed == ([shown] if shown else [])
+        assert ids_listed(operator, "deadletter", state=state) == ({shown.pk} if shown else set())
 
 
 def test_a_dead_letter_that_is_no_event_is_shown_and_discarded(operator):
@@ -406,8 +423,8 @@ def test_a_dead_letter_that_is_no_event_is_shown_and_discarded(operator):
     )
     letter = DeadLetter.objects.get()
     text = detail(operator, letter)
-    assert "not decodable" in text and b"<script>\xff".hex(" ") in text and "h: &lt;b&gt;\\xff" in text
-    assert "handled then" not in act(operator, "deadletter", "discard", [letter]).content.decode()
+    assert "not decodable" in text and b"<script>\xff".hex(" ") in text and "h: <b>\\xff" in text
+    assert "handled then" not in told(ask(operator, "deadletter", "discard", [letter]))
     confirm_discard(operator, [letter], "junk", "deadletter")
     assert not DeadLetter.objects.open().exists()
 
@@ -418,25 +435,28 @@ def test_a_payload_that_nobody_knows_is_shown_in_its_event(operator, emit):
     handle = ConsumerProcess(handlers.consumer_named("audit")).handle_batch
     handle([Record("conversation.events", 0, 0, b"a", base.SerializeToString())])
     text = detail(operator, DeadLetter.objects.get())
-    assert "&quot;aggregate_id&quot;: &quot;a&quot;" in text and "&quot;hex&quot;: &quot;01 02&quot;" in text
+    assert '"aggregate_id": "a"' in text and '"hex": "01 02"' in text
 
 
 def test_a_consumer_is_paused_and_resumed(operator):
-    form = operator.get(reverse("admin:events_outbox_consumerpause_add")).content.decode()
-    assert '<option value="audit">' in form
-    url = reverse("admin:events_outbox_consumerpause_add")
-    answer = operator.post(url, {"consumer": "audit", "reason": " "}).content.decode()
-    assert "This field is required" in answer and not pauses.is_paused("audit")
-    assert "Select a valid choice" in operator.post(url, {"consumer": "nobody", "reason": "x"}).content.decode()
-    operator.post(url, {"consumer": "audit", "reason": "bad deploy"})
+    which = operator.get(reverse("admin:events_outbox_consumer_pause")).content.decode()
+    assert '<option value="audit">' in which
+    url = reverse("admin:events_outbox_consumer_pause", query={"consumer": "audit"})
+    assert "No member is running" in told(operator.get(url)) and not pauses.is_paused("audit")
+    assert "Say why" in told(operator.post(url, {"confirmed": "yes", "reason": " "})) and not pauses.is_paused("audit")
+    nobody = reverse("admin:events_outbox_consumer_pause", query={"consumer": "nobody"})
+    assert "Select a valid choice" in told(operator.post(nobody, {"confirmed": "yes", "reason": "x"}))
+    operator.post(url, {"confirmed": "yes", "reason": "bad deploy"})
     assert pauses.is_paused("audit")
-    assert "already exists" in operator.post(url, {"consumer": "audit", "reason": "again"}).content.decode()
-    text = page(operator, "consumerpause")
-    assert "bad deploy" in text and '<td class="field-paused_by">alice</td>' in text
+    again = operator.post(url, {"confirmed": "yes", "reason": "again"}, follow=True)
+    assert "Consumer audit is paused already" in told(again)
+    (listed,) = rows(operator, "consumerpause")
+    assert "bad deploy" in listed and "alice" in listed
     pause = ConsumerPause.objects.get()
     assert "bad deploy" in detail(operator, pause)
-    answer = act(operator, "consumerpause", "resume", [pause]).content.decode()
-    assert "udit: goes on within about a second" in answer and not pauses.is_paused("audit")
+    assert "bad deploy" in told(ask(operator, "consumerpause", "resume", [pause])) and pauses.is_paused("audit")
+    answer = told(act(operator, "consumerpause", "resume", [pause]))
+    assert "Going on within about a second: audit" in answer and not pauses.is_paused("audit")
     assert [(a.action, a.by, a.reason) for a in OperatorAction.objects.order_by("id")] == [
         ("consumer.paused", "alice", "bad deploy"),
         ("consumer.resumed", "alice", ""),
@@ -444,17 +464,63 @@ def test_a_consumer_is_paused_and_resumed(operator):
     assert LogEntry.objects.filter(object_id="audit").count() == 2
 
 
+def test_a_consumer_is_resumed_from_its_own_address(operator):
+    url = reverse("admin:events_outbox_consumer_resume", query={"consumer": "audit"})
+    assert "Consumer audit is not paused" in told(operator.get(url, follow=True))
+    pauses.pause("audit", by="failure guard", reason="too many")
+    assert "too many" in told(operator.get(url)) and pauses.is_paused("audit")
+    operator.post(url, {"confirmed": "yes"})
+    assert not pauses.is_paused("audit")
+
+
+def test_the_relay_is_paused_and_resumed(operator, three_events):
+    Worker.objects.create(kind="relay", name="relay", host="here", pid=7, state="leads")
+    pause, resume = (reverse(f"admin:events_outbox_relay_{verb}") for verb in ("pause", "resume"))
+    asked = told(operator.get(pause))
+    assert "Pending events 1 Relays 1" in asked and "here:7 leads" in asked
+    assert "Say why" in told(operator.post(pause, {"confirmed": "yes"})) and pauses.relay_pause() is None
+    assert "The relay is not paused" in told(operator.get(resume, follow=True))
+    answer = told(operator.post(pause, {"confirmed": "yes", "reason": "broker moves"}, follow=True))
+    assert "The relay is paused" in answer and "Resume the relay" in answer
+    assert pauses.relay_pause().reason == "broker moves"
+    assert "broker moves" in detail(operator, RelayCursor.objects.get())
+    assert "paused already" in told(operator.post(pause, {"confirmed": "yes", "reason": "again"}, follow=True))
+    assert "broker moves" in told(operator.get(resume)) and pauses.relay_pause() is not None
+    assert "Pause the relay" in told(operator.post(resume, {"confirmed": "yes"}, follow=True))
+    assert pauses.relay_pause() is None
+    assert [(a.action, a.by, a.reason) for a in OperatorAction.objects.order_by("id")] == [
+        ("relay.paused", "alice", "broker moves"),
+        ("relay.resumed", "alice", ""),
+    ]
+    assert LogEntry.objects.count() == 2
+
+
+def test_all_that_match_a_filter_are_redriven(operator, three_events, emit):
+    other, given_up = emit("c-other"), emit("c-parked")
+    for event, discarded in ((other, {}), (given_up, {"discarded_at": timezone.now(), "discarded_by": "bob"})):
+        key = {"topic": event.topic, "aggregate_id": event.aggregate_id}
+        UndeliverableEvent.objects.create(event=event, **key, reason="OTHER", error="x", **discarded)
+    assert "Redrive by filter" in visible(page(operator, "undeliverableevent"))
+    url = reverse("admin:events_outbox_redrive", query={"reason": "OTHER"})
+    asked = told(operator.get(url))
+    assert "Events 1 Keys 1" in asked and "Not redriven: 1" in asked and "stays discarded, by bob" in asked
+    assert not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists()
+    assert "1 events of 1 keys" in told(operator.post(url, {"confirmed": "yes"}, follow=True))
+    assert UndeliverableEvent.objects.get(redrive_requested_at__isnull=False).event == other
+    assert OperatorAction.objects.get().subject == "filter reason=OTHER"
+
+
 def test_the_audit_trail_is_read_and_filtered(operator, letters):
     act(operator, "deadletter", "replay", letters[:1])
     pauses.pause("audit", by="failure guard", reason="too many")
-    rows = page(operator, "operatoraction").partition('id="result_list"')[2]
-    assert rows.index("consumer.paused") < rows.index("dead_letter.replay_failed")  # the newest first
+    actions = [row[1] for row in rows(operator, "operatoraction")]
+    assert actions.index("consumer.paused") < actions.index("dead_letter.replay_failed")  # the newest first
     listed = page(operator, "operatoraction", action="consumer.paused")
     assert "failure guard" in listed and f"dead letter {letters[0].pk}" not in listed
     assert "failure guard" in page(operator, "operatoraction", consumer="audit")
     assert "failure guard" not in page(operator, "operatoraction", consumer=letters[0].consumer)
     link = reverse("admin:events_outbox_deadletter_change", args=[letters[0].pk])
-    assert f'<a href="{link}">dead letter {letters[0].pk}</a>' in page(operator, "operatoraction")
+    assert link in page(operator, "operatoraction")
     assert "it was broken" in detail(operator, OperatorAction.objects.get(action="dead_letter.replay_failed"))
     assert {action.action for action in OperatorAction.objects.all()} <= set(ACTIONS)
 
@@ -464,10 +530,9 @@ def test_who_may_only_look_cannot_act_or_change(onlooker, parking, letters, thre
     parking.broken.clear()
     for word in ("replay", "replay_by_force", "discard"):
         assert f'value="{word}"' not in page(onlooker, "deadletter")
-        act(onlooker, "deadletter", word, letters)
-    confirm_discard(onlooker, letters, "because", "deadletter")
+        assert act(onlooker, "deadletter", word, letters, reason="because").status_code == 403
     assert DeadLetter.objects.open().count() == 2
-    act(onlooker, "consumerpause", "resume", [ConsumerPause.objects.get()])
+    assert act(onlooker, "consumerpause", "resume", [ConsumerPause.objects.get()]).status_code == 403
     assert pauses.is_paused("audit")
     for model in ("outboxevent", "deadletter", "consumerpause", "operatoraction"):
         assert onlooker.get(reverse(f"admin:events_outbox_{model}_add")).status_code == 403

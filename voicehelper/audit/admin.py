@@ -11,6 +11,7 @@ from .models import AuditEntry
 
 @admin.register(AuditEntry)
 class AuditEntryAdmin(ReadOnlyAdmin):
+    payload_fields = ["payload"]
     list_display = ["occurred", "event_type", "tenant", "user", "aggregate", "event"]
     list_filter = [EventTypeFilter, TenantFilter]
     list_defer = ["payload", "metadata"]

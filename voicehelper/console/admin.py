@@ -7,7 +7,7 @@ from django.urls import URLPattern, path
 from rest_framework.authtoken.admin import TokenAdmin as RestTokenAdmin
 from rest_framework.authtoken.models import TokenProxy
 
-from events_outbox.admin.read_only import ModelAdmin
+from events_outbox.admin.read_only import ModelAdmin, TenantConfined
 
 from .views import overview_fragment
 
@@ -30,5 +30,6 @@ class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
 
 
 @admin.register(TokenProxy)
-class TokenAdmin(RestTokenAdmin, ModelAdmin):
+class TokenAdmin(TenantConfined, RestTokenAdmin, ModelAdmin):
+    tenant_field = "user__tenant_id"
     autocomplete_fields = ["user"]

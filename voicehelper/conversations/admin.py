@@ -38,6 +38,7 @@ class ConversationAdmin(ReadOnlyAdmin):
 
 @admin.register(Message)
 class MessageAdmin(ReadOnlyAdmin):
+    payload_fields = ["content"]
     list_display = ["created", "short", "conversation", "tenant", "user", "role"]
     list_filter = [RoleFilter]
     list_select_related = ["conversation", "tenant", "user"]

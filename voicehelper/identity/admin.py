@@ -7,7 +7,7 @@ from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
 from django.db.models import Model
 from django.http import HttpRequest
 
-from events_outbox.admin.read_only import ModelAdmin
+from events_outbox.admin.read_only import ModelAdmin, TenantConfined, tenant_of
 
 from .models import Tenant, User
 from .services import create_tenant, register_user
@@ -24,8 +24,19 @@ class NewUserForm(UserCreationForm):  # type: ignore[type-arg]
     usable_password = None
 
 
+class OwnTenant(TenantConfined):
+    """The staff of a tenant looks at the tenant's own, and changes nothing: tenants and users are the operators'."""
+
+    def has_add_permission(self, request: HttpRequest) -> bool:
+        return super().has_add_permission(request) and tenant_of(request) is None
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        return super().has_change_permission(request, obj) and tenant_of(request) is None
+
+
 @admin.register(Tenant)
-class TenantAdmin(ModelAdmin):
+class TenantAdmin(OwnTenant, ModelAdmin):
+    tenant_field = "pk"
     list_display = ["name", "id", "created_at"]
     search_fields = ["name"]
     readonly_fields = ["id", "created_at"]
@@ -41,7 +52,7 @@ class TenantAdmin(ModelAdmin):
 
 
 @admin.register(User)
-class UserAdmin(DjangoUserAdmin, ModelAdmin):  # type: ignore[type-arg]  # not subscriptable at runtime
+class UserAdmin(OwnTenant, DjangoUserAdmin, ModelAdmin):  # type: ignore[type-arg]  # not subscriptable at runtime
     list_display = ["username", "tenant", "role", "is_active", "is_staff"]
     list_filter = ["role", "is_active", "is_staff"]
     list_select_related = ["tenant"]
@@ -52,6 +63,15 @@ class UserAdmin(DjangoUserAdmin, ModelAdmin):  # type: ignore[type-arg]  # not s
     change_password_form = AdminPasswordChangeForm
     add_form = NewUserForm
     add_fieldsets = ((None, {"fields": ("tenant", "role", "username", "password1", "password2")}),)
+
+    def has_change_permission(self, request: HttpRequest, obj: Any = None) -> bool:
+        may_change = super().has_change_permission(request, obj)
+        return may_change and (obj is None or request.user.is_superuser or not obj.is_superuser)
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> Any:
+        """Who is no superuser makes none, and gives permissions by roles alone."""
+        readonly = super().get_readonly_fields(request, obj)
+        return readonly if request.user.is_superuser else (*readonly, "is_superuser", "user_permissions")
 
     def get_form(self, request: HttpRequest, obj: User | None = None, change: bool = False, **kwargs: Any) -> Any:
         form = super().get_form(request, obj, change=change, **kwargs)
