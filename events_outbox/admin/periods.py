@@ -103,32 +103,33 @@ def keys_of(model: type[models.Model], time_field: str, period: Period) -> tuple
     if isinstance(model._meta.pk, models.UUIDField):
         # Version 7: they begin with the time.
         return uuid.UUID(int=_milliseconds(before) << 80), uuid.UUID(int=_milliseconds(after) << 80)
-    return _key_at(model, time_field, before - CLOCK_SLACK, before), _key_at(
-        model, time_field, after, after + CLOCK_SLACK
-    )
+    rows = model._base_manager.order_by("pk").values_list("pk", time_field)
+    first, last = rows.first(), rows.last()
+    if first is None or last is None:
+        return 0, 0
+    outer = first, (last[0] + 1, last[1])
+    return _key_at(rows, outer, before - CLOCK_SLACK, before), _key_at(rows, outer, after, after + CLOCK_SLACK)
 
 
 def _milliseconds(moment: datetime) -> int:
     return int(moment.timestamp() * 1000)
 
 
-def _key_at(model: type[models.Model], time_field: str, earliest: datetime, latest: datetime) -> int:
+def _key_at(
+    rows: models.QuerySet[Any, Any], outer: tuple[tuple[int, datetime], ...], earliest: datetime, latest: datetime
+) -> int:
     """The key of a row of these times, or else the first after them.
 
     Where rows came evenly, a guess by proportion finds one within a few look-ups; each other one halves what is left.
     """
-    rows = model._base_manager.values_list("pk", time_field)
-    first, last = rows.order_by("pk").first(), rows.order_by("-pk").first()
-    if first is None or last is None:
-        return 0
-    (low, low_time), (high, high_time) = first, (last[0] + 1, last[1])
+    (low, low_time), (high, high_time) = outer
     for step in count():
         if low >= high:
             break
         share = (latest - low_time) / max(high_time - low_time, timedelta.resolution) if step % 2 == 0 else 0.5
         middle = low + int((high - low) * min(max(share, 0.0), 1.0))
         middle = min(middle, high - 1)
-        found = rows.filter(pk__gte=middle).order_by("pk").first()
+        found = rows.filter(pk__gte=middle).first()
         if found is None or found[1] > latest:
             high, high_time = middle, found[1] if found else high_time
         elif found[1] < earliest:
