@@ -1,12 +1,13 @@
 """A year, month, day or hour of a list: found by the rows' keys, which follow time, not by an index on the time.
 
-Such an index every emit would pay for; this costs some 25 look-ups in the primary key.
+Such an index every emit would pay for; this costs some look-ups in the primary key, 50 at most.
 """
 
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import count
 from typing import Any, Self
 
 from django.db import models
@@ -97,25 +98,42 @@ def outer_times(model: type[models.Model], time_field: str) -> tuple[datetime, d
 
 
 def keys_of(model: type[models.Model], time_field: str, period: Period) -> tuple[Any, Any]:
-    """The first key of the period, and the first after it, as far as keys follow time."""
-    return tuple(
-        _first_key_from(model, time_field, moment) for moment in (period.start - CLOCK_SLACK, period.end + CLOCK_SLACK)
-    )
-
-
-def _first_key_from(model: type[models.Model], time_field: str, moment: datetime) -> Any:
+    """A key that the period's rows have reached, and one that they do not reach, as far as keys follow time."""
+    before, after = period.start - CLOCK_SLACK, period.end + CLOCK_SLACK
     if isinstance(model._meta.pk, models.UUIDField):
-        return uuid.UUID(int=int(moment.timestamp() * 1000) << 80)  # version 7: they begin with the time
+        # Version 7: they begin with the time.
+        return uuid.UUID(int=_milliseconds(before) << 80), uuid.UUID(int=_milliseconds(after) << 80)
     rows = model._base_manager.order_by("pk").values_list("pk", time_field)
     first, last = rows.first(), rows.last()
     if first is None or last is None:
-        return 0
-    low, high = first[0], last[0] + 1
-    while low < high:
-        middle = (low + high) // 2
+        return 0, 0
+    outer = first, (last[0] + 1, last[1])
+    return _key_at(rows, outer, before - CLOCK_SLACK, before), _key_at(rows, outer, after, after + CLOCK_SLACK)
+
+
+def _milliseconds(moment: datetime) -> int:
+    return int(moment.timestamp() * 1000)
+
+
+def _key_at(
+    rows: models.QuerySet[Any, Any], outer: tuple[tuple[int, datetime], ...], earliest: datetime, latest: datetime
+) -> int:
+    """The key of a row of these times, or else the first after them.
+
+    Where rows came evenly, a guess by proportion finds one within a few look-ups; each other one halves what is left.
+    """
+    (low, low_time), (high, high_time) = outer
+    for step in count():
+        if low >= high:
+            break
+        share = (latest - low_time) / max(high_time - low_time, timedelta.resolution) if step % 2 == 0 else 0.5
+        middle = low + int((high - low) * min(max(share, 0.0), 1.0))
+        middle = min(middle, high - 1)
         found = rows.filter(pk__gte=middle).first()
-        if found and found[1] < moment:
-            low = found[0] + 1
+        if found is None or found[1] > latest:
+            high, high_time = middle, found[1] if found else high_time
+        elif found[1] < earliest:
+            low, low_time = found[0] + 1, found[1]
         else:
-            high = middle
-    return low
+            return int(found[0])
+    return int(low)

@@ -26,6 +26,7 @@ PARTS = (
     "size",
     "consumer",
     "monitoring",
+    "admin",
     "claims",
 )
 

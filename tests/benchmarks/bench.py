@@ -55,6 +55,7 @@ class Scale:
     recordings: int = 100_000
     requests: int = 5_000
     series: int = 10_000
+    admin_rows: int = 10_000_000
 
 
 FULL = Scale()
@@ -79,6 +80,7 @@ QUICK = Scale(
     recordings=5_000,
     requests=200,
     series=1_000,
+    admin_rows=300_000,
 )
 
 

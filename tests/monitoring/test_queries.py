@@ -18,13 +18,16 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 import psycopg
 import pytest
 import yaml
 
+from monitoring import prometheus
 from tests.services import TOPICS, free_ports
+from voicehelper.console.figures import Questions
 from voicehelper.devstack.child import Child
 from voicehelper.devstack.embedded_broker import EmbeddedBroker
 
@@ -308,6 +311,34 @@ def test_query_has_an_answer(system, query):
 def test_variable_has_values(system, query):
     metric, label = re.fullmatch(r"label_values\((\w+), (\w+)\)", query).groups()
     assert system.wait_for(lambda: system.api(f"label/{label}/values", **{"match[]": metric}))
+
+
+def test_every_figure_of_the_overview_has_an_answer(system, settings):
+    """Asked as the admin's first page does: a query that finds nothing here is wrong."""
+    settings.MONITORING = {**settings.MONITORING, "PROMETHEUS_URL": f"http://127.0.0.1:{system.prometheus}"}
+
+    def figures():
+        prometheus.forget_answers()
+        return Questions(datetime.now(UTC)).figures()
+
+    def missing(found):
+        charts = (found.publishing, found.http_rate, found.http_p95)
+        known = {
+            "alerts": found.prometheus is None,
+            "published": found.published_per_minute,
+            "failures": found.failure_share is not None,
+            "charts": all(line.latest is not None for chart in charts for line in chart.lines) and charts[0].lines,
+            "http": None not in (found.http.per_second, found.http.error_share, found.http.p95, found.http.p99),
+            "handled": {"analytics", "audit"} <= found.handled.keys(),
+            "lag": {"analytics", "audit", "notification"} <= found.lag.keys() & found.lag_seconds.keys(),
+            "llm": found.llm.dollars is not None and found.llm.tokens and found.llm.tenants,
+            "caches": any(rate is not None for _, rate in found.stores.caches),
+            "stores": None not in (found.stores.database_p95, found.stores.milvus_p95),
+        }
+        return [name for name, is_known in known.items() if not is_known]
+
+    # A range has whole minutes alone: the first of them may take one to come.
+    wait_until(lambda: not missing(figures()), seconds=ANSWER_SECONDS + 75)
 
 
 def test_alerts_are_evaluated_without_error(system):

@@ -79,8 +79,9 @@ class Line:
     values: Sequence[float | None]
 
     @property
-    def last(self) -> float | None:
-        return next((value for value in reversed(self.values) if value is not None), None)
+    def latest(self) -> float | None:
+        """The value of now: the last step's, or the one before while that has none yet."""
+        return next((value for value in reversed(self.values[-2:]) if value is not None), None)
 
 
 @dataclass(frozen=True)
@@ -163,8 +164,8 @@ class Questions:
             http_rate=_chart([("Requests per second", self._http_rate())]),
             http_p95=_chart([("P95 in seconds", self._http_p95())]),
             alerts=alerts,
-            published_per_minute=publishing.lines[0].last if publishing.lines else None,
-            failure_share=publishing.lines[1].last if len(publishing.lines) > 1 else None,
+            published_per_minute=publishing.lines[0].latest if publishing.lines else None,
+            failure_share=publishing.lines[1].latest if len(publishing.lines) > 1 else None,
             handled=_by(self._handled(), "consumer"),
             lag=_by(self._lag(), "consumer"),
             lag_seconds=_by(self._lag_seconds(), "consumer"),

@@ -6,6 +6,8 @@ const LABELS = {
   unfold_more: "Account and theme",
   visibility: "Show or hide the password",
   chevron_right: "Show or hide",
+  monitor_heart: "Overview",
+  more_vert: "More",
 };
 const CONTROLS = "a[href], button, input, select, textarea, summary, label";
 
@@ -31,10 +33,31 @@ function makeButton(element) {
   });
 }
 
+// A link or button that is an icon alone is named by what the icon means.
+function nameIconControls(root) {
+  for (const control of root.querySelectorAll("a, button")) {
+    const icon = control.querySelector(".material-symbols-outlined");
+    const words = icon && control.textContent.replace(icon.textContent, "").trim();
+    if (icon && !words && !control.hasAttribute("aria-label") && !control.title) {
+      const name = icon.textContent.trim();
+      control.setAttribute("aria-label", LABELS[name] || name.replaceAll("_", " "));
+    }
+  }
+}
+
+// Boxes that scroll all have the same name: told apart by number.
+function nameScrollBoxes() {
+  document.querySelectorAll(".simplebar-content-wrapper[role=region]").forEach((box, number) => {
+    box.setAttribute("aria-label", box.closest("#nav-sidebar") ? "Navigation" : `Scrollable content ${number + 1}`);
+  });
+}
+
 document.addEventListener("DOMContentLoaded", () => {
   for (const element of document.querySelectorAll("[x-on\\:click]")) {
     const isBackdrop = element.id === "changelist-filter-close";
     if (!element.matches(CONTROLS) && !element.querySelector(CONTROLS) && !isBackdrop) makeButton(element);
   }
+  nameIconControls(document);
   hideIcons(document);
 });
+window.addEventListener("load", nameScrollBoxes);
