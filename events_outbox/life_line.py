@@ -169,7 +169,7 @@ def assemble(known: Known, *, shows_operation: bool = True) -> LifeLine:
     """The life line. `shows_operation`: with what is about the relay and the groups as a whole, all tenants' events."""
     published = _published(known, shows_operation)
     return LifeLine(
-        Step("emitted", "emitted", "good", "emitted", known.emitted_at),
+        Step("emitted", "emitted", "good", "in the outbox", known.emitted_at),
         published,
         [_consumer(consumer, known, published, shows_operation) for consumer in known.consumers],
     )
@@ -182,7 +182,7 @@ def _published(known: Known, shows_operation: bool) -> Step:
     if search is not None and search.records:
         return _found(known, search)
     if known.is_past_cursor:
-        return Step("published", "published", "good", "published", details=[_why_not_found(search)])
+        return Step("published", "published", "good", "in Kafka", details=[_why_not_found(search)])
     details = [known.relay_waits] if known.relay_waits and shows_operation else []
     return Step("published", "pending", "waiting", "waits for the relay", details=[*_age(known.emitted_at), *details])
 
@@ -218,7 +218,7 @@ def _found(known: Known, search: RecordSearch) -> Step:
         details.append(f"published {len(others) + 1} times{'' if not search.cut_short else ' or more'}: replayed")
     if not known.is_past_cursor:
         details.append("the relay has not noted it yet")
-    return Step("published", "published", "good", "published", first.published_at, details)
+    return Step("published", "published", "good", "in Kafka", first.published_at, details)
 
 
 def _why_not_found(search: RecordSearch | None) -> str:

@@ -144,7 +144,7 @@ def test_an_event_tells_who_handled_it(operator, three_events):
     ConsumerProcess(audit).handle_batch(
         [Record(topic=event.topic, partition=0, offset=0, key=b"k", value=bytes(event.value))]
     )
-    assert "audit 2" in detail(operator, event)
+    assert "audit handled 2" in detail(operator, event)
 
 
 @pytest.mark.parametrize("field", ["event_id", "aggregate_id", "correlation_id"])
