@@ -19,7 +19,7 @@ from django.test.utils import CaptureQueriesContext
 
 from events_outbox import partitions
 from events_outbox.admin import export, keyset
-from events_outbox.admin.periods import Period
+from events_outbox.admin.periods import Period, keys_of
 from events_outbox.fields import PgSnapshot
 from events_outbox.models import DeadLetter, OperatorAction, OutboxEvent, RelayCursor
 from voicehelper.identity.models import User
@@ -402,10 +402,20 @@ def test_a_period_has_exactly_its_rows(big_tables, operator, model, field, date)
 
 def test_rows_whose_clock_was_a_little_off_are_in_their_period(big_tables, operator):
     at = FIRST + timedelta(days=3)
-    OutboxEvent.objects.filter(created_at=at).update(created_at=at - timedelta(seconds=1))
+    # Its key comes after that of the first row of the next day.
+    OutboxEvent.objects.filter(created_at=at + STEP).update(created_at=at - timedelta(seconds=1))
     early = OutboxEvent.objects.get(created_at=at - timedelta(seconds=1))
     day_before = f"{at - timedelta(days=1):%Y-%m-%d}"
     assert keys(listed(operator, "outboxevent", date=day_before))[0] == early.pk
+
+
+def test_a_period_is_looked_for_a_minute_further_on_both_sides(big_tables):
+    period = Period.parse("2026-09-03T11")
+    first, end = keys_of(OutboxEvent, "created_at", period)
+    begins, ends = (OutboxEvent.objects.get(id=key).created_at for key in (first, end))
+    minute = timedelta(minutes=1)
+    assert 1 * minute <= period.start - begins <= 3 * minute
+    assert 1 * minute <= ends - period.end <= 3 * minute
 
 
 def test_a_period_is_kept_by_links_and_filters(big_tables, operator):
