@@ -405,7 +405,8 @@ class TestRetrying:
                     if "orm" in how:
                         Tenant.objects.create(name="taken")
                     else:
-                        connection.cursor().execute("INSERT INTO identity_tenant VALUES (gen_random_uuid(), 'taken', now())")
+                        insert = "INSERT INTO identity_tenant VALUES (gen_random_uuid(), 'taken', now())"
+                        connection.cursor().execute(insert)
 
         break_first(make_event("conversation.created"))
         assert set(Tenant.objects.values_list("name", flat=True)) == {"taken", "attempt 2"}
