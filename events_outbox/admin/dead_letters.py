@@ -219,6 +219,9 @@ class DeadLetterAdmin(EventIdAdmin):
         ]
         return format_html_join("", "<div>{} {} by {} {}</div>", lines) or "-"
 
+    def page_buttons(self, request: HttpRequest, obj: DeadLetter) -> list[tuple[str, str, str]]:
+        return [] if obj.resolution else super().page_buttons(request, obj)
+
     def has_replay_permission(self, request: HttpRequest) -> bool:
         return self.may(request, "replay_deadletter")
 

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from django.contrib import admin, messages
 from django.contrib.admin.models import CHANGE, LogEntry
+from django.contrib.admin.utils import quote, unquote
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
 from django.db import models
 from django.db.models import Q, QuerySet
-from django.http import HttpRequest, HttpResponse
+from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
+from django.urls import URLPattern, path, reverse
 from django.utils.module_loading import import_string
 from django.utils.safestring import SafeString
 
@@ -32,13 +34,21 @@ else:
 AT_ONCE = 500
 """Django takes at most a thousand fields of a form, and a person reads fewer."""
 
+ICONS = {
+    "replay": "replay",
+    "replay_by_force": "restart_alt",
+    "discard": "delete",
+    "redrive": "redo",
+    "resume": "play_arrow",
+}
+
 
 def tenant_of(request: HttpRequest) -> str | None:
     """The only tenant whose rows the user may see; None: the user sees all. EVENTS_OUTBOX["ADMIN_TENANT"] decides."""
-    path = outbox_settings().ADMIN_TENANT
-    if path is None:
+    function = outbox_settings().ADMIN_TENANT
+    if function is None:
         return None
-    tenant: str | None = import_string(path)(request.user)
+    tenant: str | None = import_string(function)(request.user)
     return tenant
 
 
@@ -115,8 +125,36 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
         return []
 
     def page_buttons(self, request: HttpRequest, obj: Any) -> list[tuple[str, str, str]]:
-        """Buttons of a row's page, as those of the list."""
-        return []
+        """Buttons of a row's page, as those of the list: the actions that the user may run."""
+        return [
+            (name.replace("_", " ").capitalize(), self._address(obj, "act", name), ICONS.get(name, "bolt"))
+            for name in self.get_actions(request)
+        ]
+
+    def get_urls(self) -> list[URLPattern]:
+        name = f"{self.opts.app_label}_{self.opts.model_name}_act"
+        act = path("<path:object_id>/act/<slug:action>/", self.admin_site.admin_view(self.act_view), name=name)
+        return [act, *super().get_urls()]
+
+    def act_view(self, request: HttpRequest, object_id: str, action: str) -> HttpResponse:
+        """One of the list's actions for a single row: it asks as it does there, and leads back to the row."""
+        found = self.get_actions(request).get(action)
+        if found is None:
+            raise PermissionDenied
+        obj = self.get_object(request, unquote(object_id))
+        if obj is None:
+            raise Http404
+        run: Any = found[0]
+        answer = run(self, request, self.get_queryset(request).filter(pk=obj.pk))
+        row = self._address(obj, "change")
+        if answer is None:
+            return HttpResponseRedirect(row)
+        answer.context_data["back"] = row
+        return cast(HttpResponse, answer)
+
+    def _address(self, obj: models.Model, page: str, *arguments: str) -> str:
+        name = f"admin:{self.opts.app_label}_{self.opts.model_name}_{page}"
+        return reverse(name, args=[quote(obj.pk), *arguments])
 
     def changelist_view(self, request: HttpRequest, extra_context: dict[str, Any] | None = None) -> HttpResponse:
         """Refuse an action that is not the user's; show the list, with its buttons."""

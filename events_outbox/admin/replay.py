@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
@@ -144,6 +144,9 @@ class ReplayPages(ReadOnlyAdmin):
         button = ("Replay by filter", f"{address}?{query}" if query else address, "replay")
         return [*super().list_buttons(request), button]
 
+    def page_buttons(self, request: HttpRequest, obj: Any) -> list[tuple[str, str, str]]:
+        return []  # the event's page has its own
+
     @admin.action(description="Replay: publish again", permissions=["replay"])
     def replay(self, request: HttpRequest, queryset: QuerySet[OutboxEvent]) -> HttpResponse | None:
         chosen = self.few(request, queryset, "replay_outbox")
@@ -191,7 +194,9 @@ class ReplayPages(ReadOnlyAdmin):
         }
         return TemplateResponse(request, "admin/events_outbox/question.html", context)
 
-    def _ask(self, request: HttpRequest, selection: Selection, **options: Any) -> HttpResponse:
+    def _ask(
+        self, request: HttpRequest, selection: Selection, *, fields: Mapping[str, object], **options: Any
+    ) -> HttpResponse:
         preview = look(selection)
         warnings = [preview.trouble] if preview.trouble else []
         missing = len(set(selection.event_ids)) - preview.total
@@ -228,6 +233,7 @@ class ReplayPages(ReadOnlyAdmin):
             ],
             total=preview.total,
             button=f"Publish {preview.total:,} again" if may_go else "",
+            fields={**fields, "shown": preview.total},
             needs_reason=True,
             **options,
         )
@@ -235,7 +241,7 @@ class ReplayPages(ReadOnlyAdmin):
     def _publish(self, request: HttpRequest, selection: Selection) -> None:
         """Publish within the request, and say what became of it."""
         by, reason = str(request.user), reason_of(request)
-        replay, trouble = publish(selection)
+        replay, trouble = publish(selection, at_most=_shown(request))
         if replay.published:
             replay.note(by=by, reason=reason)
             self.log_many(request, replay.published, f"Replayed: {reason}")
@@ -244,7 +250,8 @@ class ReplayPages(ReadOnlyAdmin):
         elif not trouble:
             self.message_user(request, "There was nothing to publish again", messages.WARNING)
         if trouble:
-            go_on = f". Go on with: {selection.command(replay.last_id)}" if replay.published < replay.total else ""
+            is_left = replay.published < replay.total <= _shown(request)
+            go_on = f". Go on with: {selection.command(replay.last_id)}" if is_left else ""
             self.message_user(request, f"{trouble}{go_on}", messages.ERROR)
 
 
@@ -268,14 +275,17 @@ def look(selection: Selection) -> Preview:
     return Preview(total, first, last, tuple(rows[:SHOWN_EVENTS]))
 
 
-def publish(selection: Selection) -> tuple[Replay, str]:
-    """Publish for as long as a request may take; return the replay, and what kept it from its end."""
+def publish(selection: Selection, *, at_most: int) -> tuple[Replay, str]:
+    """Publish for as long as a request may take; return the replay, and what kept it from its end.
+
+    `at_most`: how many were confirmed. Pending events that were published meanwhile can be more.
+    """
     replay = Replay(selection)
     trouble = ""
     try:
         with _stopped_in_time(replay), replay:
-            if replay.total > AT_ONCE_EVENTS:
-                return replay, f"More than {AT_ONCE_EVENTS:,} events by now: nothing was published"
+            if replay.total > at_most:
+                return replay, f"By now {replay.total:,} events are meant, more than confirmed: nothing was published"
             replay.publish()
     except ReplayStopped:
         trouble = f"Stopped after {REQUEST_SECONDS:.0f} seconds"
@@ -321,6 +331,12 @@ def from_list(query: QueryDict) -> tuple[dict[str, str], list[str]]:
     if query.get("status", "published") != "published":
         left_out.append("Only published events are published again, whatever the list's status.")
     return values, left_out
+
+
+def _shown(request: HttpRequest) -> int:
+    """How many events the page that was confirmed had shown."""
+    shown = request.POST.get("shown", "")
+    return min(int(shown), AT_ONCE_EVENTS) if shown.isdecimal() else AT_ONCE_EVENTS
 
 
 def _values(query: QueryDict) -> dict[str, str]:

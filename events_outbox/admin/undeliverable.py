@@ -137,6 +137,9 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
         address = reverse("admin:events_outbox_redrive")
         return [("Redrive by filter", f"{address}?{query}" if query else address, "redo")]
 
+    def page_buttons(self, request: HttpRequest, obj: UndeliverableEvent) -> list[tuple[str, str, str]]:
+        return [] if obj.discarded_at is not None else super().page_buttons(request, obj)
+
     def has_redrive_permission(self, request: HttpRequest) -> bool:
         return self.may(request, "redrive_undeliverableevent")
 

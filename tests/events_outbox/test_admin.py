@@ -510,6 +510,25 @@ def test_all_that_match_a_filter_are_redriven(operator, three_events, emit):
     assert OperatorAction.objects.get().subject == "filter reason=OTHER"
 
 
+def test_a_letter_is_replayed_or_discarded_from_its_page(operator, onlooker, parking, letters):
+    assert all(word in detail(operator, letters[0]) for word in ("Replay by force", "Discard"))
+    assert "Replay by force" not in detail(onlooker, letters[0])
+    replay, discard, unknown = (
+        reverse("admin:events_outbox_deadletter_act", args=[letters[0].pk, action])
+        for action in ("replay", "discard", "delete_selected")
+    )
+    assert onlooker.get(replay).status_code == onlooker.post(replay, {"confirmed": "yes"}).status_code == 403
+    assert operator.get(unknown).status_code == 403
+    assert "Replayed 1" in told(operator.get(replay)) and parking.handled == []
+    assert "Say why" in told(operator.post(discard, {"confirmed": "yes", "reason": ""}))
+    parking.broken.clear()
+    answer = told(operator.post(replay, {"confirmed": "yes"}, follow=True))
+    assert "1 dead letters replayed" in answer and "What happened State replayed" in answer
+    assert parking.handled == [0, 1] and "Replay by force" not in answer
+    gone = reverse("admin:events_outbox_deadletter_act", args=[10**6, "replay"])
+    assert operator.get(gone).status_code == 404
+
+
 def test_the_audit_trail_is_read_and_filtered(operator, letters):
     act(operator, "deadletter", "replay", letters[:1])
     pauses.pause("audit", by="failure guard", reason="too many")

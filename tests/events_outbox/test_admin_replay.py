@@ -102,11 +102,19 @@ def test_the_lists_filter_is_taken_over(operator, published):
 
 
 def test_what_comes_after_the_preview_is_not_published(operator, published, emit, topic_reader):
-    answer = operator.get(reverse(URL, query={"aggregate_id": "a", "preview": "1"}))
-    hidden = dict(answer.context["hidden"])
+    hidden = dict(operator.get(reverse(URL, query={"aggregate_id": "a", "preview": "1"})).context["hidden"])
     emit("a", 4)
+    OutboxEvent.objects.filter(pk=published[3].pk).delete()
     pass_all()
     assert "2 of 2 events published again" in confirmed(operator, **hidden)
+    assert numbers(topic_reader.read(2)) == [0, 2]
+
+
+def test_what_was_pending_at_the_preview_is_asked_about_again(operator, published):
+    hidden = dict(operator.get(reverse(URL, query={"aggregate_id": "a", "preview": "1"})).context["hidden"])
+    pass_all()
+    assert "By now 3 events are meant, more than confirmed: nothing was published" in confirmed(operator, **hidden)
+    assert not OperatorAction.objects.exists()
 
 
 def test_too_many_are_left_to_the_command(operator, published, monkeypatch):

@@ -305,6 +305,8 @@ def test_an_action_of_a_tenants_staff_reaches_its_own_rows_alone(staff, own, oth
         for secret in (others["event"].event_id, others["event"].aggregate_id, others["tenant"].pk):
             assert str(secret) not in text
     post_action(staff, model, action, others[row], select_across="0", confirmed="yes", reason="x")
+    url = reverse(f"admin:events_outbox_{model}_act", args=[others[row].pk, action])
+    assert staff.get(url).status_code == staff.post(url, {"confirmed": "yes", "reason": "x"}).status_code == 404
     others["parked"].refresh_from_db()
     others["letter"].refresh_from_db()
     assert others["parked"].redrive_requested_at is None and others["parked"].discarded_at is None
