@@ -10,7 +10,6 @@ from contextlib import suppress
 import httpx
 import psutil
 import pytest
-from django.contrib.auth.models import Group
 from django.core.management import CommandError, call_command
 from django.db import connection
 
@@ -22,6 +21,7 @@ from tests.faults.conftest import Processes, kill_hard
 from tests.monitoring.conftest import sample
 from tests.services import free_ports
 from tests.topics import TopicReader
+from voicehelper.identity.models import Tenant
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -110,7 +110,7 @@ def keys(count):
 
 def marks(consumer="counting"):
     """What was handled: the handling process of each event. Fails when one was handled twice."""
-    handled = [name.split() for name in Group.objects.values_list("name", flat=True)]
+    handled = [name.split() for name in Tenant.objects.values_list("name", flat=True)]
     handled = [(event_id, int(pid)) for name, pid, event_id in handled if name == consumer]
     assert all(times == 1 for times in Counter(event_id for event_id, _ in handled).values()), "handled twice"
     return dict(handled)

@@ -6,7 +6,6 @@ import time
 import uuid
 
 import pytest
-from django.contrib.auth.models import Group
 from django.db import IntegrityError, connection, transaction
 
 from events_outbox import Consumer, PermanentEventError, RetryPolicy, emit_event, pauses
@@ -16,6 +15,7 @@ from events_outbox.policies import FailureGuard
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.records import Record
 from tests.events_outbox.conftest import counted
+from voicehelper.identity.models import Tenant
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 from voicehelper.proto.identity_pb2 import UserRegisteredPayload
 
@@ -36,13 +36,13 @@ def test_effects_happen_once_however_often_a_record_comes(make_consumer, emit):
     @consumer.handles("conversation.created")
     def on_created(event):
         calls.append(event)
-        Group.objects.create(name=event.aggregate_id)
+        Tenant.objects.create(name=event.aggregate_id)
 
     records = [record_of(emit(f"c{n}"), n) for n in range(3)]
     handle(consumer, [*records, records[0]])
     handle(consumer, records)
     assert [event.aggregate_id for event in calls] == ["c0", "c1", "c2"]
-    assert Group.objects.count() == 3
+    assert Tenant.objects.count() == 3
     assert ProcessedEvent.objects.filter(consumer=consumer.name).count() == 3
     assert counted("consumer_events_duplicate_total", consumer=consumer.name) == 4
     assert counted("consumer_events_handled_total", consumer=consumer.name, event_type="conversation.created") == 3
@@ -65,14 +65,14 @@ def test_a_failing_event_costs_only_itself_and_is_retried(make_consumer, emit):
 
     @consumer.handles("conversation.created")
     def on_created(event):
-        Group.objects.create(name=event.aggregate_id)
+        Tenant.objects.create(name=event.aggregate_id)
         if event.aggregate_id == "bad":
             attempts.append(event)
             raise ValueError("no good")
 
     rows = [emit(name) for name in ("c0", "bad", "c2")]
     handle(consumer, [record_of(row, n) for n, row in enumerate(rows)])
-    assert set(Group.objects.values_list("name", flat=True)) == {"c0", "c2"}
+    assert set(Tenant.objects.values_list("name", flat=True)) == {"c0", "c2"}
     assert len(attempts) == 5  # once in the batch, then once and three retries alone
     letter = DeadLetter.objects.get()
     assert (letter.consumer, letter.reason, letter.attempts) == (consumer.name, "failed", 4)
@@ -167,24 +167,24 @@ def test_poison_with_a_huge_key_is_kept_too(make_consumer):
 def test_a_handler_that_swallows_a_database_error_costs_nobody_elses_effects(make_consumer, emit, swallow, is_batch):
     """Its transaction is broken, and the commit would be a silent rollback."""
     consumer = make_consumer(retry=RetryPolicy(max_retries=0))
-    Group.objects.create(name="taken")
+    Tenant.objects.create(name="taken")
 
     def create(event):
         if event.aggregate_id != "taken":
-            Group.objects.create(name=event.aggregate_id)
+            Tenant.objects.create(name=event.aggregate_id)
             return
         with contextlib.suppress(IntegrityError):
             if swallow == "orm":
-                Group.objects.create(name="taken")
+                Tenant.objects.create(name="taken")
             else:
-                connection.cursor().execute("INSERT INTO auth_group (name) VALUES ('taken')")
+                connection.cursor().execute("INSERT INTO identity_tenant VALUES (gen_random_uuid(), 'taken', now())")
 
     if is_batch:
         consumer.handles_batch("conversation.created")(lambda events: [create(event) for event in events])
     else:
         consumer.handles("conversation.created")(create)
     handle(consumer, [record_of(emit(name), n) for n, name in enumerate(("g1", "g2", "taken"))])
-    assert set(Group.objects.values_list("name", flat=True)) == {"taken", "g1", "g2"}
+    assert set(Tenant.objects.values_list("name", flat=True)) == {"taken", "g1", "g2"}
     assert DeadLetter.objects.get().reason == "failed"
     assert ProcessedEvent.objects.count() == 3
 
@@ -240,13 +240,13 @@ def test_a_batch_handler_gets_its_events_together_and_falls_back_to_one_by_one(m
         sizes.append(len(events))
         if any(event.aggregate_id == "bad" for event in events):
             raise PermanentEventError("bad")
-        Group.objects.bulk_create([Group(name=event.aggregate_id) for event in events])
+        Tenant.objects.bulk_create([Tenant(name=event.aggregate_id) for event in events])
 
     handle(consumer, [record_of(emit(f"c{n}"), n) for n in range(3)])
     assert sizes == [3]
     handle(consumer, [record_of(emit(name), n) for n, name in enumerate(("c3", "bad", "c4"))])
     assert sizes == [3, 3, 1, 1, 1]
-    assert Group.objects.count() == 5
+    assert Tenant.objects.count() == 5
     assert DeadLetter.objects.count() == 1
 
 
@@ -333,10 +333,10 @@ def test_a_lost_database_is_waited_out_and_costs_no_retries(make_consumer, emit,
         with connection.cursor() as cursor:
             if len(attempts) <= 8:  # more often than there are retries
                 cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-        Group.objects.create(name=event.aggregate_id)
+        Tenant.objects.create(name=event.aggregate_id)
 
     handle(consumer, [record_of(emit("c1"))])
-    assert len(attempts) == 9 and Group.objects.count() == 1
+    assert len(attempts) == 9 and Tenant.objects.count() == 1
     assert not DeadLetter.objects.exists()
 
 
@@ -368,11 +368,11 @@ def test_an_event_that_always_ends_the_connection_becomes_a_dead_letter(make_con
         if event.aggregate_id == "bad":
             with connection.cursor() as cursor:
                 cursor.execute("SELECT pg_terminate_backend(pg_backend_pid())")
-        Group.objects.create(name=event.aggregate_id)
+        Tenant.objects.create(name=event.aggregate_id)
 
     handle(consumer, [record_of(emit("bad"), 0), record_of(emit("good"), 1)])
     assert DeadLetter.objects.get().reason == "failed"
-    assert Group.objects.get().name == "good"
+    assert Tenant.objects.get().name == "good"
 
 
 @pytest.mark.parametrize("state", ["40001", "40P01"])
@@ -397,11 +397,11 @@ def test_functions_given_to_on_commit_run_after_it_and_cost_each_other_nothing(m
     @consumer.handles("conversation.created")
     def on_created(event):
         def hook():
-            ran.append((event.aggregate_id, Group.objects.count(), connection.in_atomic_block))
+            ran.append((event.aggregate_id, Tenant.objects.count(), connection.in_atomic_block))
             if event.aggregate_id == "c1":
                 raise ConnectionError("the mail server is away")
 
-        Group.objects.create(name=event.aggregate_id)
+        Tenant.objects.create(name=event.aggregate_id)
         transaction.on_commit(hook)
         if event.aggregate_id == "bad":
             raise PermanentEventError("no")
@@ -429,12 +429,12 @@ def test_a_member_that_stands_still_in_a_transaction_is_ended_and_the_event_hand
     @consumer.handles("conversation.created")
     def stand_still(event):
         attempts.append(event)
-        Group.objects.create(name=event.aggregate_id)
+        Tenant.objects.create(name=event.aggregate_id)
         if len(attempts) == 1:
             time.sleep(1.5)
 
     handle(consumer, [record_of(emit("c1"))])
-    assert len(attempts) == 2 and Group.objects.count() == 1 and not DeadLetter.objects.exists()
+    assert len(attempts) == 2 and Tenant.objects.count() == 1 and not DeadLetter.objects.exists()
     connection.close()
 
 

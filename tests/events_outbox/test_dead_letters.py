@@ -5,7 +5,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
-from django.contrib.auth.models import Group
 from django.db import DatabaseError, connection, transaction
 from django.db.models.functions import Now
 
@@ -27,6 +26,7 @@ from events_outbox.pruning import prune_marks
 from events_outbox.records import Record
 from tests.events_outbox.conftest import counted, eventually
 from tests.events_outbox.test_consumer import handle, record_of
+from voicehelper.identity.models import Tenant
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -44,7 +44,7 @@ class Desk:
     def _on_created(self, event):
         place = (event.aggregate_id, int(event.metadata["number"]))
         self.calls.append(place)
-        Group.objects.create(name=f"{event.aggregate_id} {place[1]} {len(self.calls)}")
+        Tenant.objects.create(name=f"{event.aggregate_id} {place[1]} {len(self.calls)}")
         if gate := self.hold.get(place):
             gate.arrived.set()
             assert gate.open.wait(20), "nobody opened the gate"
@@ -56,7 +56,7 @@ class Desk:
         """What is handled and committed, in order."""
         return [
             (name.split()[0], int(name.split()[1]))
-            for name in Group.objects.order_by("id").values_list("name", flat=True)
+            for name in Tenant.objects.order_by("id").values_list("name", flat=True)
         ]
 
     def handle(self, *rows):
@@ -274,7 +274,7 @@ def test_a_database_that_disturbs_a_replay_is_no_failure_of_the_event(desk, fail
     statements = []
 
     def disturb(execute, sql, parameters, many, context):
-        if statements and "INSERT INTO" in sql and "auth_group" in sql:
+        if statements and "INSERT INTO" in sql and "identity_tenant" in sql:
             sql, parameters = statements.pop(), None
         return execute(sql, parameters, many, context)
 
@@ -310,12 +310,12 @@ def test_a_hook_that_fails_after_the_commit_does_not_undo_a_replay(make_consumer
         if not is_mended:
             raise ValueError
         transaction.on_commit(lambda: 1 / 0)
-        Group.objects.create(name="done")
+        Tenant.objects.create(name="done")
 
     handle(consumer, [record_of(row)])
     is_mended = True
     replay_one(letter_of(row).pk, by="alice")
-    assert letter_of(row).resolution == "replayed" and Group.objects.count() == 1
+    assert letter_of(row).resolution == "replayed" and Tenant.objects.count() == 1
     assert counted("consumer_commit_hook_failures_total", consumer=consumer.name) == 1
 
 
@@ -523,7 +523,7 @@ def test_a_follower_that_always_ends_its_connection_heads_its_key(parking, parke
     discard(ids(parked[0]), reason="test data", by="alice")
 
     def end_connection(execute, sql, parameters, many, context):
-        if "INSERT INTO" in sql and "auth_group" in sql:
+        if "INSERT INTO" in sql and "identity_tenant" in sql:
             sql, parameters = "SELECT pg_terminate_backend(pg_backend_pid())", None
         return execute(sql, parameters, many, context)
 

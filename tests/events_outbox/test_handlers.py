@@ -5,7 +5,6 @@ import logging
 from datetime import UTC, datetime
 
 import pytest
-from django.contrib.auth.models import Group
 from django.db import IntegrityError, OperationalError, connection, transaction
 
 from events_outbox import (
@@ -26,6 +25,7 @@ from events_outbox.models import OutboxEvent
 from events_outbox.proto.base_event_pb2 import BaseEvent
 from events_outbox.testing import handle_now, make_event
 from monitoring import context
+from voicehelper.identity.models import Tenant
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload, MessageSentPayload
 from voicehelper.proto.identity_pb2 import UserRegisteredPayload
 
@@ -384,31 +384,32 @@ class TestRetrying:
         @retrying(QUICK)
         def create(event):
             name = next(names)
-            Group.objects.create(name=name)
+            Tenant.objects.create(name=name)
             if name == "first":
                 raise ValueError
 
         create(make_event("conversation.created"))
-        assert [group.name for group in Group.objects.all()] == ["second"]
+        assert [tenant.name for tenant in Tenant.objects.all()] == ["second"]
 
     @pytest.mark.parametrize("how", ["orm", "sql", "swallowed by the orm", "swallowed sql"])
     def test_a_broken_transaction_is_restored(self, how):
-        Group.objects.create(name="taken")
+        Tenant.objects.create(name="taken")
         attempts = []
 
         @retrying(QUICK)
         def break_first(event):
             attempts.append(event)
-            Group.objects.create(name=f"attempt {len(attempts)}")
+            Tenant.objects.create(name=f"attempt {len(attempts)}")
             if len(attempts) == 1:
                 with contextlib.suppress(IntegrityError) if "swallowed" in how else contextlib.nullcontext():
                     if "orm" in how:
-                        Group.objects.create(name="taken")
+                        Tenant.objects.create(name="taken")
                     else:
-                        connection.cursor().execute("INSERT INTO auth_group (name) VALUES ('taken')")
+                        insert = "INSERT INTO identity_tenant VALUES (gen_random_uuid(), 'taken', now())"
+                        connection.cursor().execute(insert)
 
         break_first(make_event("conversation.created"))
-        assert set(Group.objects.values_list("name", flat=True)) == {"taken", "attempt 2"}
+        assert set(Tenant.objects.values_list("name", flat=True)) == {"taken", "attempt 2"}
 
     def test_a_permanent_error_is_not_tried_again(self):
         attempts = []

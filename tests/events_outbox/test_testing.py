@@ -5,7 +5,6 @@ from datetime import UTC, datetime
 
 import pytest
 from asgiref.sync import async_to_sync, sync_to_async
-from django.contrib.auth.models import Group
 from django.db import ProgrammingError, connection, transaction
 from django.test import TestCase, TransactionTestCase
 
@@ -27,6 +26,7 @@ from events_outbox.handlers import consumers
 from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent, RelayCursor
 from events_outbox.relay import Relay
 from events_outbox.testing import capture_events, handle_now, make_event, make_record
+from voicehelper.identity.models import Tenant
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload, MessageSentPayload
 from voicehelper.proto.identity_pb2 import UserRegisteredPayload
 
@@ -158,7 +158,7 @@ class TestHandleNow:
 
         @consumer.handles(CREATED)
         def fail_on_two(event):
-            Group.objects.create(name=event.aggregate_id)
+            Tenant.objects.create(name=event.aggregate_id)
             if event.payload.title == "2":
                 attempts.append(event)
                 raise ValueError("no good")
@@ -169,7 +169,7 @@ class TestHandleNow:
         assert [event.payload.title for event in handled.events[consumer.name]] == ["1", "3"]
         (letter,) = handled.dead_letters
         assert (letter.error, letter.attempts, len(attempts)) == ("ValueError: no good", 3, 4)
-        assert set(Group.objects.values_list("name", flat=True)) == {"c1", "c3"}
+        assert set(Tenant.objects.values_list("name", flat=True)) == {"c1", "c3"}
         assert consumer.retry.initial_delay_seconds == 3600
 
     def test_or_are_raised(self, make_consumer):

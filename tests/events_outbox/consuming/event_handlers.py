@@ -3,9 +3,8 @@ import logging
 import os
 import time
 
-from django.contrib.auth.models import Group
-
 from events_outbox import Consumer, RetryPolicy
+from voicehelper.identity.models import Tenant
 
 GROUP = os.environ["TEST_GROUP"]  # each test has consumer groups of its own
 NO_RETRIES = RetryPolicy(max_retries=0)
@@ -17,7 +16,7 @@ strict = Consumer("strict", group_id=f"strict-{GROUP}", on_failure="stop", retry
 
 def leave_mark(consumer, event):
     logging.getLogger(__name__).info("handling for %s", consumer.name)
-    Group.objects.create(name=f"{consumer.name} {os.getpid()} {event.event_id}")
+    Tenant.objects.create(name=f"{consumer.name} {os.getpid()} {event.event_id}")
 
 
 @counting.handles("conversation.created")
