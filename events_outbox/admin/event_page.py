@@ -107,8 +107,10 @@ class EventPage(ReadOnlyAdmin):
             raise PermissionDenied
         # Never published: Kafka need not be asked.
         asks = not hasattr(event, "undeliverable") or event.undeliverable.redrive_requested_at is not None
-        kafka = kafka_answers.lately(event) if asks else None
-        context = self._way(request, event, kafka)
+        # Read before Kafka is asked: what Kafka did not hold then may have come since.
+        cursor = RelayCursor.read()
+        kafka = kafka_answers.lately(event, is_published=cursor.has_published(event)) if asks else None
+        context = self._way(request, event, cursor, kafka)
         return TemplateResponse(request, "admin/events_outbox/event_way.html", context)
 
     def render_change_form(
@@ -132,12 +134,14 @@ class EventPage(ReadOnlyAdmin):
             "siblings": self._siblings(request, obj),
             "replay_url": self._replay_url(request, obj),
             "fragment_url": reverse("admin:events_outbox_outboxevent_life_line", args=[obj.pk]),
-            **self._way(request, obj, None),
+            **self._way(request, obj, RelayCursor.read(), None),
         }
         return super().render_change_form(request, context, add, change, form_url, obj)
 
-    def _way(self, request: HttpRequest, event: OutboxEvent, kafka: KafkaKnows | None) -> dict[str, Any]:
-        known = life_line.read(event, RelayCursor.read(), kafka)
+    def _way(
+        self, request: HttpRequest, event: OutboxEvent, cursor: RelayCursor, kafka: KafkaKnows | None
+    ) -> dict[str, Any]:
+        known = life_line.read(event, cursor, kafka)
         line = life_line.assemble(known, shows_operation=tenant_of(request) is None)
         return {
             "line": line,

@@ -15,15 +15,16 @@ KEPT_EVENTS = 200
 AT_ONCE = 4
 """Each search has clients and threads of its own: a process makes so many at the same time."""
 
-_kept: "OrderedDict[int, tuple[float, KafkaKnows]]" = OrderedDict()
+_kept: "OrderedDict[tuple[int, bool], tuple[float, KafkaKnows]]" = OrderedDict()
 _lock = threading.Lock()
 _searches = threading.BoundedSemaphore(AT_ONCE)
 
 
-def lately(event: OutboxEvent) -> KafkaKnows:
-    """Return what Kafka tells of the event, at most a few seconds old."""
+def lately(event: OutboxEvent, *, is_published: bool) -> KafkaKnows:
+    """Return what Kafka tells of the event, at most a few seconds old, and not from before it was published."""
+    key = event.pk, is_published
     with _lock:
-        until, answer = _kept.get(event.pk, (0.0, None))
+        until, answer = _kept.get(key, (0.0, None))
     if answer is not None and time.monotonic() < until:
         return answer
     if not _searches.acquire(blocking=False):
@@ -34,8 +35,8 @@ def lately(event: OutboxEvent) -> KafkaKnows:
         _searches.release()
     seconds = KEPT_WITHOUT_ANSWER_SECONDS if answer.search.not_known else KEPT_SECONDS
     with _lock:
-        _kept[event.pk] = (time.monotonic() + seconds, answer)
-        _kept.move_to_end(event.pk)
+        _kept[key] = (time.monotonic() + seconds, answer)
+        _kept.move_to_end(key)
         while len(_kept) > KEPT_EVENTS:
             _kept.popitem(last=False)
     return answer
