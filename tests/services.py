@@ -4,14 +4,20 @@ PostgreSQL is started at once, unless `DATABASE_URL` names one. Of Kafka only th
 itself starts with the first test that asks for the fixture `kafka`. A running `make up` is not touched.
 
 `TEST_KAFKA=embedded` leaves Apache Kafka out. With `CI=true` nothing may be left out: what is missing fails.
+
+A run that is over ends: a thread some test left behind, or a client that cannot be taken down, is named and left.
 """
 
 import contextlib
+import faulthandler
 import os
 import random
 import shutil
 import socket
+import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +31,32 @@ TOPICS = ("conversation.events", "document.events", "identity.events", "default.
 @pytest.hookimpl(wrapper=True)  # a wrapper runs before pytest-django, which reads the settings in this hook
 def pytest_load_initial_conftests(early_config: pytest.Config) -> Iterator[Any]:
     services = Services()
+    early_config.add_cleanup(lambda: _end_soon(early_config.stash.get(STATUS, 1)))
     early_config.add_cleanup(services.stop)
     early_config.stash[SERVICES] = services
     services.start()
     return (yield)
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[STATUS] = int(exitstatus)
+
+
+def _end_soon(status: int) -> None:
+    """Give the process 30 s to end by itself; then say where each thread is, and end it with the run's own status.
+
+    Python waits for every thread that is no daemon. Once it is taking itself down no thread of Python runs any more:
+    a hang there is seen by faulthandler's own, which cannot know the status and fails the run.
+    """
+
+    def end() -> None:
+        time.sleep(30)
+        print("the tests are over, but this process does not end; its threads are at:", file=sys.__stderr__)
+        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        os._exit(status)
+
+    threading.Thread(target=end, name="end", daemon=True).start()
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -143,3 +171,4 @@ def free_ports(count: int) -> list[int]:
 
 
 SERVICES = pytest.StashKey[Services]()
+STATUS = pytest.StashKey[int]()
