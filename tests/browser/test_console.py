@@ -164,9 +164,7 @@ def test_the_state_line_when_the_broker_is_away(product, window):
 
 def test_the_relay_is_paused_and_resumed(product, window):
     console = window("olga")
-    console.open("/admin/events_outbox/relay-pause/") if False else console.page.get_by_role(
-        "link", name="Pause"
-    ).first.click()
+    console.page.locator('[data-panel="relay"]').get_by_role("link", name="Pause").click()
     console.page.get_by_role("textbox", name=re.compile("reason", re.IGNORECASE)).fill("maintenance")
     console.page.get_by_role("button", name=re.compile("Pause")).click()
     console.open("/admin/")

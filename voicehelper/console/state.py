@@ -10,7 +10,7 @@ from enum import IntEnum
 
 from events_outbox.models import Worker
 from events_outbox.status import COUNT_LIMIT, OutboxStatus, readable_seconds
-from monitoring.prometheus import Alert, Unanswered
+from monitoring.prometheus import Unanswered
 
 from .overview import ConsumerFigures, Overview, TenantOverview
 
@@ -99,7 +99,7 @@ def _problems(overview: Overview) -> Iterator[Problem]:
     for consumer in overview.consumers:
         said += _consumer(consumer, now)
     yield from said
-    yield from _alerts(overview.figures.alerts, said, now)
+    yield from _alerts(overview, said, now)
 
 
 def _relay(status: OutboxStatus, relays: Sequence[Worker] | None, now: datetime) -> Iterator[Problem]:
@@ -174,13 +174,16 @@ def _consumer(consumer: ConsumerFigures, now: datetime) -> Iterator[Problem]:
         yield Problem(Severity.TICKET, text, "Dead letters", LETTERS, query, "ConsumerDeadLetters", name)
 
 
-def _alerts(alerts: Sequence[Alert] | Unanswered, said: Sequence[Problem], now: datetime) -> Iterator[Problem]:
-    """The alerts about what was not said already."""
+def _alerts(overview: Overview, said: Sequence[Problem], now: datetime) -> Iterator[Problem]:
+    """The alerts about what was not said already, and is not known to be done with."""
+    alerts = overview.figures.alerts
     if isinstance(alerts, Unanswered):
         if not alerts.is_not_set:
             yield Problem(Severity.UNKNOWN, f"Cannot tell whether alerts fire. {_end(str(alerts))}", alert="TargetDown")
         return
     known = {(problem.alert, problem.consumer) for problem in said}
+    # It is about what came within 15 minutes, and fires on when somebody has dealt with every one.
+    known |= {("ConsumerDeadLetters", each.name) for each in overview.consumers if each.dead_letters == 0}
     for alert in alerts:
         if (alert.name, alert.labels.get("consumer", "")) not in known:
             severity = Severity.PAGE if alert.severity == "page" else Severity.TICKET

@@ -225,6 +225,12 @@ def test_an_alert_about_what_is_said_is_not_said_twice():
     assert len(other.problems) == 2
 
 
+@pytest.mark.parametrize(("open_letters", "level"), [(0, "healthy"), (None, "page"), (1, "ticket")])
+def test_an_alert_about_dead_letters_that_are_dealt_with_is_left_out(open_letters, level):
+    firing = [alert("ConsumerDeadLetters", consumer="audit")]
+    assert state_of(overview(alerts=firing, consumer={"dead_letters": open_letters})).level == level
+
+
 def test_a_tenant_hears_of_its_own():
     def of(rows):
         return state_of_tenant(TenantOverview(NOW, "t1", Database(tenant=rows), Llm()))
