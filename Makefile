@@ -16,7 +16,7 @@ NO_SERVICES := DATABASE_URL=postgresql://127.0.0.1:1/unused KAFKA_BOOTSTRAP_SERV
 IS_3_11 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help up test soak bench coverage lint format proto proto-check dashboards requirements clean
+.PHONY: help up test soak bench screenshots coverage lint format proto proto-check dashboards requirements clean
 
 help: ## list what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -32,6 +32,12 @@ soak: $(INSTALLED) ## relay and consumers under faults mixed for SECONDS=600 in 
 
 bench: $(INSTALLED) ## speed and size, a table and build/bench.json; ONLY=relay is a part, DOC=1 writes docs/benchmarks.md
 	$(VENV_PYTHON) -m tests.benchmarks $(ONLY) $(if $(DOC),--doc) $(if $(QUICK),--quick)
+
+screenshots: $(INSTALLED) ## pictures of the admin's pages, into docs/screenshots, to be looked at before they are committed
+	$(VENV_PYTHON) -m pytest $(ARGS) tests/browser -k every_page
+	mkdir -p docs/screenshots
+	cp build/screenshots/*-light.png build/screenshots/overview-dark.png build/screenshots/overview-phone.png \
+	    build/screenshots/event-phone.png docs/screenshots
 
 coverage: $(INSTALLED) ## the test suite with branch coverage (of the test process, not of the processes it starts)
 	.venv/bin/coverage run -m pytest $(ARGS)

@@ -1,7 +1,6 @@
 """The product as `make up` starts it, with Apache Kafka and Prometheus, and Chromium before it."""
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -116,7 +115,7 @@ def window(product: Product, browser: Browser) -> Iterator[Callable[..., Console
 
 @pytest.fixture
 def screenshots() -> Path:
-    """Where pictures of the pages go: `make screenshots` keeps them."""
-    directory = Path(os.environ.get("SCREENSHOTS", BASE_DIR / "build/screenshots"))
+    """Where pictures of the pages go: `make screenshots` keeps some."""
+    directory = BASE_DIR / "build/screenshots"
     directory.mkdir(parents=True, exist_ok=True)
     return directory

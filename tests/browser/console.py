@@ -1,5 +1,6 @@
 """The console as a person has it: a browser that is logged in, and what the browser complains of."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -8,6 +9,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect
 
 LOADING_SECONDS = 20
+RAW_BYTES = re.compile(r"""\\x[0-9a-f]{2}|\\[0-7]{3}|\ufffd|[\x00-\x08\x0b\x0c\x0e-\x1f]|\bb['"]""")
 
 
 class Console:
@@ -49,7 +51,7 @@ class Console:
             for node in each["nodes"]
         ]
 
-    def is_cut_off(self) -> list[str]:
+    def cut_off(self) -> list[str]:
         """What stands out of the page at the right, so that a phone has to scroll sideways."""
         return self.page.evaluate(
             """() => {
@@ -62,6 +64,21 @@ class Console:
                 return found.slice(0, 5);
             }"""
         )
+
+    def hidden_text(self) -> list[str]:
+        """Text that its own box cuts off, but for what ends in an ellipsis or is there to be read out alone."""
+        return self.page.evaluate(
+            """() => [...document.querySelectorAll("main *")].filter(element => {
+                const style = getComputedStyle(element);
+                return element.clientWidth > 1 && style.overflowX !== "visible" && style.overflowX !== "auto"
+                    && style.overflowX !== "scroll" && style.textOverflow !== "ellipsis"
+                    && element.innerText && element.scrollWidth > element.clientWidth + 1;
+            }).map(element => element.outerHTML.slice(0, 160))"""
+        )
+
+    def raw_bytes(self) -> list[str]:
+        """What on the page is bytes where a person wants to read: escapes, control and replacement characters."""
+        return RAW_BYTES.findall(self.page.evaluate("document.body.innerText"))
 
     def _complain(self, text: str) -> None:
         self.complaints.append(text)
