@@ -137,13 +137,16 @@ class Range:
 
 @dataclass(frozen=True)
 class FiringAlerts:
-    """The alerts that fire now."""
+    """The alerts that fire now. Unanswered by a Prometheus that has no rules of any: none would ever fire."""
 
     def path(self) -> str:
-        return "alerts"
+        return "rules?type=alert"
 
-    def read(self, data: Any) -> list[Alert]:
-        return [_alert(each) for each in data["alerts"] if each["state"] == "firing"]
+    def read(self, data: Any) -> "list[Alert] | Unanswered":
+        rules = [rule for group in data["groups"] for rule in group["rules"]]
+        if not rules:
+            return Unanswered("Prometheus has no alert rules")
+        return [_alert(each) for rule in rules for each in rule["alerts"] if each["state"] == "firing"]
 
 
 def _alert(found: Any) -> Alert:
@@ -219,11 +222,13 @@ def _ask(url: str, question: Question[Any]) -> Future[Any]:
         for key in [key for key, (since, _) in _kept.items() if now - since > KEPT_SECONDS]:
             del _kept[key]
         if (url, question) not in _kept:
-            _kept[url, question] = now, _pool(os.getpid()).submit(_answer, url, question)
+            _kept[url, question] = now, _pool(os.getpid()).submit(_answer, url, question, now)
         return _kept[url, question][1]
 
 
-def _answer(url: str, question: Question[Any]) -> Any:
+def _answer(url: str, question: Question[Any], asked_at: float) -> Any:
+    if time.monotonic() - asked_at > ROUND_SECONDS:  # it has waited behind others, and nobody waits for it any more
+        return _silent(ROUND_SECONDS)
     try:
         status, content_type, body = _get(urlsplit(url), question.path())
         return _understood(status, content_type, body, question)

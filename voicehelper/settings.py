@@ -102,6 +102,7 @@ DATABASES: dict[str, Any] = {
 }
 # A database whose host is gone is noticed within seconds, not after the system's many minutes.
 _timeouts = {"connect_timeout": 5, "keepalives_idle": 5, "keepalives_interval": 2, "keepalives_count": 3}
+_timeouts["tcp_user_timeout"] = 10_000  # ms: a host that is gone amid a statement
 DATABASES["default"]["OPTIONS"] = {**_timeouts, **DATABASES["default"].get("OPTIONS", {})}
 # What web processes share, where there is a Redis. A request waits for one that does not answer no longer than this.
 REDIS_URL = os.environ.get("REDIS_URL", "")

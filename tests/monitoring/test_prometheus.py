@@ -149,6 +149,13 @@ def test_alerts_that_fire(real):
     assert abs(alert.since.timestamp() - time.time()) < 600
 
 
+def test_a_prometheus_without_rules_does_not_say_that_no_alert_fires():
+    empty = json.dumps({"status": "success", "data": {"groups": []}})
+    with server(answer(empty)) as (url, asked):
+        assert ask(url, FiringAlerts()) == Unanswered("Prometheus has no alert rules")
+    assert asked[0][0] == "/api/v1/rules?type=alert"
+
+
 @pytest.mark.needs_tool("prometheus")
 def test_a_wrong_question_is_refused_in_words(real):
     refused = ask(real, Instant("sum("))

@@ -9,7 +9,8 @@ from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from typing import Any, TypeVar
 
-from django.db import OperationalError, connection, transaction
+from django.db import InterfaceError, OperationalError, connection, transaction
+from django.db.models import Min
 
 from events_outbox.models import DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent, Worker
 from events_outbox.status import COUNT_LIMIT, OutboxStatus, read_status
@@ -38,11 +39,12 @@ class LastError:
 
 @dataclass(frozen=True)
 class TenantRows:
-    """What of one tenant is stuck, each counted to COUNT_LIMIT."""
+    """What of one tenant is stuck, each counted to COUNT_LIMIT. `oldest_pending_at`: None when nothing is pending."""
 
     pending: int
     undeliverable: int
     dead_letters: int
+    oldest_pending_at: datetime | None = None
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Database:
 
     status: OutboxStatus | None = None
     workers: list[Worker] | None = None
-    letter_errors: dict[str, LastError] = field(default_factory=dict)
+    letter_errors: dict[str, LastError] | None = None
     emitted: Chart = field(default_factory=Chart)
     tenant: TenantRows | None = None
     missing: list[str] = field(default_factory=list)
@@ -63,7 +65,7 @@ def read_all() -> Database:
     within = Budget(DATABASE_SECONDS, found.missing)
     found.status = within.read("the state of the outbox", lambda: read_status(COUNT_LIMIT))
     found.workers = within.read("relays and consumers", lambda: list(Worker.objects.with_life()))
-    found.letter_errors = within.read("the last dead letters", last_letter_errors) or {}
+    found.letter_errors = within.read("the last dead letters", last_letter_errors)
     emitted = within.read("events emitted a minute", emitted_per_minute)
     found.emitted = emitted or Chart(missing="not read in time")
     return found
@@ -86,9 +88,10 @@ class Budget:
 
     def read(self, what: str, reader: Callable[[], Found]) -> Found | None:
         try:
+            self._left_ms()
             with transaction.atomic(), self._bounded():
                 return reader()
-        except OperationalError as error:
+        except (OperationalError, InterfaceError) as error:
             logger.warning("the overview misses figures", extra={"what": what, "error": str(error).strip()})
             self._missing.append(what)
             return None
@@ -97,15 +100,22 @@ class Budget:
     def _bounded(self) -> Iterator[None]:
         """Give each statement the time that is left. On the driver's session: not a query of the page."""
 
-        def limit(execute: Callable[..., Any], sql: Any, parameters: Any, many: bool, context: dict[str, Any]) -> Any:
-            left = int((self._ends_at - time.monotonic()) * 1000)
-            if left <= 0:
-                raise OperationalError("no time is left")
-            connection.connection.execute("SELECT set_config('statement_timeout', %s, true)", [str(left)])
+        def within_time(
+            execute: Callable[..., Any], sql: Any, parameters: Any, many: bool, context: dict[str, Any]
+        ) -> Any:
+            with connection.wrap_database_errors:
+                limit = [str(self._left_ms())]
+                connection.connection.execute("SELECT set_config('statement_timeout', %s, true)", limit)
             return execute(sql, parameters, many, context)
 
-        with connection.execute_wrapper(limit):
+        with connection.execute_wrapper(within_time):
             yield
+
+    def _left_ms(self) -> int:
+        left = int((self._ends_at - time.monotonic()) * 1000)
+        if left <= 0:
+            raise OperationalError("no time is left")
+        return left
 
 
 def last_letter_errors() -> dict[str, LastError]:
@@ -121,7 +131,9 @@ def tenant_rows(tenant: str) -> TenantRows:
     pending = OutboxEvent.objects.pending(RelayCursor.read()).filter(tenant_id=tenant)
     undeliverable = UndeliverableEvent.objects.open().filter(event__tenant_id=tenant)
     letters = DeadLetter.objects.open().filter(tenant_id=tenant)
-    return TenantRows(*(rows.order_by()[:COUNT_LIMIT].count() for rows in (pending, undeliverable, letters)))
+    oldest = pending.order_by()[:COUNT_LIMIT].aggregate(at=Min("created_at"))["at"]
+    stuck, failed, waiting = (rows.order_by()[:COUNT_LIMIT].count() for rows in (undeliverable, letters, pending))
+    return TenantRows(waiting, stuck, failed, oldest)
 
 
 # For each minute the first id from then on, found by bisecting the primary key: some 25 index look-ups a minute,

@@ -15,6 +15,7 @@ PROBES = ("/health", "/livez", "/readyz", "/metrics")
 """Not the users' requests: see monitoring/ops/rules/recording.yml."""
 SINCE_START = "since the web processes started"
 LAST_MINUTES = "over the last 5 minutes"
+PUBLISHED, FAILURES = "Published per minute", "Failure rate"
 
 _NO_PROBES = f'path!~"{"|".join(PROBES)}"'
 
@@ -155,7 +156,8 @@ class Questions:
         unanswered = next((each for each in (alerts, rate) if isinstance(each, Unanswered)), None)
         if unanswered is not None:
             own = OwnMetrics()
-        publishing = _chart([("Published per minute", self._published()), ("Failure rate", self._failures())])
+        publishing = _chart([(PUBLISHED, self._published()), (FAILURES, self._failures())])
+        latest = {line.label: line.latest for line in publishing.lines}
         return Figures(
             http=self._http() if own is None else _own_http(own, unanswered),
             llm=self._llm.answer() if own is None else _own_llm(own, unanswered),
@@ -164,8 +166,8 @@ class Questions:
             http_rate=_chart([("Requests per second", self._http_rate())]),
             http_p95=_chart([("P95 in seconds", self._http_p95())]),
             alerts=alerts,
-            published_per_minute=publishing.lines[0].latest if publishing.lines else None,
-            failure_share=publishing.lines[1].latest if len(publishing.lines) > 1 else None,
+            published_per_minute=latest.get(PUBLISHED),
+            failure_share=latest.get(FAILURES),
             handled=_by(self._handled(), "consumer"),
             lag=_by(self._lag(), "consumer"),
             lag_seconds=_by(self._lag_seconds(), "consumer"),
@@ -197,14 +199,11 @@ class LlmQuestions:
         # In steps, so that pages opened together ask the same; at least a minute, for two scrapes to be in it.
         seconds = max(int((now - midnight).total_seconds()) // 5 * 5, 60)
         of_tenant = f"{{tenant_id={_quoted(tenant)}}}" if tenant is not None else ""
-        self._cost = questions.ask(
-            Instant(f"sum by (model, tenant_id) (increase(llm_cost_dollars_total{of_tenant}[{seconds}s]))")
-        )
+        cost = _increase(f"llm_cost_dollars_total{of_tenant}", "model, tenant_id", seconds)
+        self._cost = questions.ask(Instant(cost))
         self._tokens: Asked | None = None
         if tenant is None:
-            self._tokens = questions.ask(
-                Instant(f"sum by (model, token_type) (increase(llm_tokens_used_total[{seconds}s]))")
-            )
+            self._tokens = questions.ask(Instant(_increase("llm_tokens_used_total", "model, token_type", seconds)))
 
     def answer(self) -> Llm:
         cost, tokens = self._cost(), self._tokens() if self._tokens else []
@@ -212,20 +211,33 @@ class LlmQuestions:
             if isinstance(each, Unanswered):
                 return Llm(missing=str(each))
         return _llm(
-            [(s.labels.get("model", ""), s.labels.get("tenant_id", ""), s.value or 0.0) for s in _samples(cost)],
-            [(s.labels.get("model", ""), s.labels.get("token_type", ""), s.value or 0.0) for s in _samples(tokens)],
+            [(s.labels.get("model", ""), s.labels.get("tenant_id", ""), s.value) for s in _samples(cost)],
+            [(s.labels.get("model", ""), s.labels.get("token_type", ""), s.value) for s in _samples(tokens)],
         )
 
 
-def _llm(cost: Iterable[tuple[str, str, float]], tokens: Iterable[tuple[str, str, float]], over: str = "") -> Llm:
-    """From (model, tenant, dollars) and (model, type, tokens)."""
+def _increase(counter: str, labels: str, seconds: int) -> str:
+    """By how much counters grew, with the value that those came with which were not there before.
+
+    Prometheus' increase() leaves that out, and a tenant's first request of the day would cost nothing.
+    """
+    grown = f"sum by ({labels}) (increase({counter}[{seconds}s]))"
+    born = f"sum by ({labels}) (min_over_time({counter}[{seconds}s]) unless {counter} offset {seconds}s)"
+    return f"({grown} + {born}) or {grown} or {born}"
+
+
+Use = Iterable[tuple[str, str, float | None]]
+
+
+def _llm(cost: Use, tokens: Use, over: str = "") -> Llm:
+    """From (model, tenant, dollars) and (model, type, tokens). What is no number is left out."""
     by_model: dict[str, float] = {}
     by_tenant: dict[str, float] = {}
     by_type: dict[str, dict[str, float]] = {}
-    for model, tenant, dollars in cost:
+    for model, tenant, dollars in _numbers(cost):
         by_model[model] = by_model.get(model, 0.0) + dollars
         by_tenant[tenant] = by_tenant.get(tenant, 0.0) + dollars
-    for model, token_type, count in tokens:
+    for model, token_type, count in _numbers(tokens):
         of_model = by_type.setdefault(model, {})
         of_model[token_type] = of_model.get(token_type, 0.0) + count
     models = [ModelUse(name, by_model.get(name), by_type.get(name, {})) for name in {*by_model, *by_type}]
@@ -236,6 +248,10 @@ def _llm(cost: Iterable[tuple[str, str, float]], tokens: Iterable[tuple[str, str
         tenants=sorted(by_tenant.items(), key=lambda pair: -pair[1]),
         over=over or Llm.over,
     )
+
+
+def _numbers(use: Use) -> Iterable[tuple[str, str, float]]:
+    return ((model, of, value) for model, of, value in use if value is not None)
 
 
 def _own_http(own: OwnMetrics, why: Unanswered | None) -> Http:
@@ -305,10 +321,11 @@ def _by(answer: list[Sample] | Unanswered, label: str) -> dict[str, float]:
 
 
 def _chart(answers: Sequence[tuple[str, list[Series] | Unanswered]]) -> Chart:
-    """A line for each answer, a gap all along where it has no series; no lines when nothing was answered at all."""
+    """A line for each answer, a gap all along where it has no series; no lines without an answer to the first."""
+    if answers and isinstance(answers[0][1], Unanswered):
+        return Chart(missing=str(answers[0][1]))
     found = {label: answer[0] if answer else None for label, answer in answers if not isinstance(answer, Unanswered)}
     if times := next((series.times for series in found.values() if series is not None), None):
         no_value: list[float | None] = [None] * len(times)
         return Chart(times, [Line(label, series.values if series else no_value) for label, series in found.items()])
-    why = next((answer for _, answer in answers if isinstance(answer, Unanswered)), None)
-    return Chart(missing=str(why) if why else "no data in the last hour")
+    return Chart(missing="no data in the last hour")

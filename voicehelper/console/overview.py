@@ -23,7 +23,8 @@ PAGE_SECONDS = 2.0
 class ConsumerFigures:
     """A registered consumer. `lag`, `lag_seconds`, `per_second`: None when not known, `lag_note` says why not.
 
-    `members`: those alive; None when not read. `paused_at`: None when it is not paused.
+    `members`: those alive; None when not read. `paused_at`: None when it is not paused. `last_error`: None when there
+    is none, or it is not known, or not among the latest dead letters.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ConsumerFigures:
     paused_by: str
     pause_reason: str
     last_error: LastError | None
+    errors_are_known: bool = True
 
     @property
     def partitions(self) -> int:
@@ -129,6 +131,7 @@ def _consumer(name: str, found: Database, figures: Figures, lags: dict[str, Lag]
         paused_by=state.paused_by if state else "",
         pause_reason=state.pause_reason if state else "",
         last_error=_last_error(name, found),
+        errors_are_known=found.workers is not None and found.letter_errors is not None,
     )
 
 
@@ -139,6 +142,6 @@ def _last_error(name: str, found: Database) -> LastError | None:
         for worker in found.workers or ()
         if worker.name == name and worker.kind == Worker.Kind.CONSUMER and worker.last_error and worker.last_error_at
     ]
-    if name in found.letter_errors:
-        errors.append(found.letter_errors[name])
+    if letter := (found.letter_errors or {}).get(name):
+        errors.append(letter)
     return max(errors, key=lambda error: error.at, default=None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import IntEnum
 
+from events_outbox.heartbeats import State as Doing
 from events_outbox.models import Worker
 from events_outbox.status import COUNT_LIMIT, OutboxStatus, readable_seconds
 from monitoring.prometheus import Unanswered
@@ -19,6 +20,11 @@ OLDEST_PENDING_SECONDS = 60
 LAG_EVENTS = 10_000
 LAG_SECONDS = 600
 OPEN_TRANSACTION_SECONDS = 600
+
+STUCK_SECONDS = 30.0
+"""A consumer may wait so long, as it does while its group is shared out anew."""
+
+WAITING = (Doing.STARTS, Doing.WAITS_FOR_PARTITIONS, Doing.WAITS_FOR_KAFKA, Doing.WAITS_FOR_DATABASE)
 
 GUARD = "failure guard"
 """Who pauses a consumer that fails too often."""
@@ -112,7 +118,21 @@ def _relay(status: OutboxStatus, relays: Sequence[Worker] | None, now: datetime)
         since = _since(status.relay_paused_at, now)
         text = f"The relay is paused{since} by {status.relay_paused_by}: {_end(status.relay_pause_reason)}{waiting}"
         yield Problem(Severity.PAGE if is_late else Severity.TICKET, text, "Relay", RELAY, "", "RelayPaused")
-    elif status.lock_held_by:
+        yield from _leading(status, relays, "")  # resuming would not help then
+    elif trouble := list(_leading(status, relays, waiting)):
+        yield from trouble
+    elif status.last_error:
+        text = f"The relay cannot publish: {_end(status.last_error)}{waiting}"
+        yield Problem(Severity.PAGE, text, "Relay", RELAY, "", "OutboxEventsWait")
+    elif is_late:
+        age = readable_seconds(status.oldest_pending_age_seconds or 0.0)
+        text = f"Events are published late: {_count(status.pending)} pending, the oldest for {age}."
+        yield Problem(Severity.PAGE, text, "Pending events", EVENTS, "status=pending", "OutboxEventsWait")
+
+
+def _leading(status: OutboxStatus, relays: Sequence[Worker] | None, waiting: str) -> Iterator[Problem]:
+    """That no relay leads, or the one that does is not heard of."""
+    if status.lock_held_by:
         text = f"No relay leads: {status.lock_held_by} holds its lock, and nothing is published meanwhile.{waiting}"
         yield Problem(Severity.PAGE, text, "Relay", RELAY, "", "RelayWithoutLeader")
     elif status.leader is None:
@@ -125,13 +145,6 @@ def _relay(status: OutboxStatus, relays: Sequence[Worker] | None, now: datetime)
         age = readable_seconds(status.heartbeat_age_seconds or 0.0)
         text = f"The relay {status.leader} leads and has given no sign of life for {age}: is it frozen?{waiting}"
         yield Problem(Severity.PAGE, text, "Workers", WORKERS, "kind=relay", "OutboxEventsWait")
-    elif status.last_error:
-        text = f"The relay cannot publish: {_end(status.last_error)}{waiting}"
-        yield Problem(Severity.PAGE, text, "Relay", RELAY, "", "OutboxEventsWait")
-    elif is_late:
-        age = readable_seconds(status.oldest_pending_age_seconds or 0.0)
-        text = f"Events are published late: {_count(status.pending)} pending, the oldest for {age}."
-        yield Problem(Severity.PAGE, text, "Pending events", EVENTS, "status=pending", "OutboxEventsWait")
 
 
 def _outbox(status: OutboxStatus) -> Iterator[Problem]:
@@ -157,6 +170,10 @@ def _consumer(consumer: ConsumerFigures, now: datetime) -> Iterator[Problem]:
     if consumer.members is not None and not consumer.members:
         text = f"Nobody runs the consumer {name}: its events wait in Kafka{_behind(consumer)}."
         yield Problem(Severity.PAGE, text, "Workers", WORKERS, of_it, "ConsumerDown", name)
+    elif stuck := _stuck(consumer):
+        text = f"{name} handles nothing: it {stuck.state}{_since(stuck.state_since, now)}{_behind(consumer)}."
+        error = f" Its last error: {_end(_short(stuck.last_error))}" if stuck.last_error else ""
+        yield Problem(Severity.PAGE, text + error, "Workers", WORKERS, of_it, "ConsumerLate", name)
     elif consumer.lag is not None and consumer.lag > LAG_EVENTS:
         text = f"{name} is {_count(consumer.lag)} behind{_oldest(consumer)}."
         yield Problem(Severity.PAGE, text, "Workers", WORKERS, of_it, "ConsumerLag", name)
@@ -166,12 +183,30 @@ def _consumer(consumer: ConsumerFigures, now: datetime) -> Iterator[Problem]:
     if consumer.lag is None:
         text = f"Cannot tell how far {name} is behind: its lag {_end(consumer.lag_note)}"
         yield Problem(Severity.UNKNOWN, text, "Workers", WORKERS, of_it, "ConsumerLagUnknown", name)
+    elif consumer.lag and consumer.lag_seconds is None:
+        text = f"Cannot tell how long the {_count(consumer.lag)} have waited that {name} has not handled."
+        yield Problem(Severity.UNKNOWN, text, "Workers", WORKERS, of_it, "ConsumerLagUnknown", name)
     if consumer.dead_letters:
         error = f" The last: {_end(_short(consumer.last_error.text))}" if consumer.last_error else ""
         many = "" if consumer.dead_letters == 1 else "s"
         text = f"{name} has {consumer.dead_letters:,} open dead letter{many}.{error}"
         query = f"state=open&consumer={name}"
         yield Problem(Severity.TICKET, text, "Dead letters", LETTERS, query, "ConsumerDeadLetters", name)
+
+
+def _stuck(consumer: ConsumerFigures) -> Worker | None:
+    """A member that hangs, or any when all have been waiting for something for too long."""
+    if consumer.paused_at is not None:
+        return None
+    members = consumer.members or ()
+    if hanging := [member for member in members if member.state == Doing.HANGS]:
+        return hanging[0]
+    waiting = [member for member in members if member.state in WAITING and _state_seconds(member) > STUCK_SECONDS]
+    return waiting[0] if waiting and len(waiting) == len(members) else None
+
+
+def _state_seconds(worker: Worker) -> float:
+    return float((worker.read_at - worker.state_since).total_seconds())  # type: ignore[attr-defined]
 
 
 def _alerts(overview: Overview, said: Sequence[Problem], now: datetime) -> Iterator[Problem]:
@@ -196,6 +231,10 @@ def _tenant_problems(overview: TenantOverview) -> Iterator[Problem]:
     if rows is None:
         yield Problem(Severity.UNKNOWN, "Cannot tell: the database is slow or away.")
         return
+    waited = (overview.at - rows.oldest_pending_at).total_seconds() if rows.oldest_pending_at else 0.0
+    if waited > OLDEST_PENDING_SECONDS:
+        text = f"{_count(rows.pending)} of your tenant wait to be published, the oldest for {readable_seconds(waited)}."
+        yield Problem(Severity.PAGE, text, "Pending events", EVENTS, "status=pending")
     if rows.undeliverable:
         text = f"{_count(rows.undeliverable)} of your tenant undeliverable."
         yield Problem(Severity.TICKET, text, "Undeliverable events", UNDELIVERABLE, "state=open")

@@ -107,6 +107,14 @@ def test_healthy_without_prometheus_says_what_is_not_looked_at():
 PAUSED = {"relay_paused_at": NOW - timedelta(minutes=2), "relay_paused_by": "alice", "relay_pause_reason": "Kafka move"}
 LEADERLESS = {"leader": None, "heartbeat_age_seconds": 90.0}
 GUARDED = {"paused_at": NOW - timedelta(hours=1), "paused_by": "failure guard", "pause_reason": "60 of 100 failed"}
+
+
+def member(state, since_seconds, error=""):
+    worker = Worker(kind="consumer", name="audit", state=state, last_error=error)
+    worker.is_alive, worker.read_at, worker.state_since = True, NOW, NOW - timedelta(seconds=since_seconds)
+    return worker
+
+
 CASES = {
     "no relay, nothing pending": (LEADERLESS, Severity.PAGE, "No relay leads: nothing is published. No relay is runn"),
     "no relay, pending": (
@@ -155,6 +163,16 @@ CASES = {
         Severity.PAGE,
         "Nobody runs the consumer audit: its events wait in Kafka, 12 by now.",
     ),
+    "consumer hangs": (
+        {"consumer": {"members": [MEMBER, member("hangs", 5, "KeyError: 'a'")], "lag": 7, "lag_seconds": 40.0}},
+        Severity.PAGE,
+        "audit handles nothing: it hangs since 02:59 UTC (5.0 s), 7 by now. Its last error: KeyError: 'a'.",
+    ),
+    "consumer waits": (
+        {"consumer": {"members": [member("waits for Kafka", 31), member("waits for the database", 40)]}},
+        Severity.PAGE,
+        "audit handles nothing: it waits for Kafka since 02:59 UTC (31 s).",
+    ),
     "large lag": (
         {"consumer": {"lag": 10_001, "lag_seconds": 5.0}},
         Severity.PAGE,
@@ -165,6 +183,11 @@ CASES = {
         {"consumer": {"lag": None, "lag_note": "is being measured"}},
         Severity.UNKNOWN,
         "Cannot tell how far audit is behind: its lag is being measured.",
+    ),
+    "age of the lag not known": (
+        {"consumer": {"lag": 5, "lag_seconds": None}},
+        Severity.UNKNOWN,
+        "Cannot tell how long the 5 events have waited that audit has not handled.",
     ),
     "dead letters": (
         {"consumer": {"dead_letters": 2, "last_error": LastError("KeyError: 'a'\nmore", NOW, 1)}},
@@ -203,6 +226,8 @@ AT_THE_LIMIT = [
     {"consumer": {"lag": 10_000}},
     {"consumer": {"lag": 1, "lag_seconds": 600.0}},
     {"oldest_open_transaction": replace(LONG_TRANSACTION, age_seconds=600.0)},
+    {"consumer": {"members": [member("waits for partitions", 30)]}},
+    {"consumer": {"members": [member("waits for partitions", 3000), MEMBER]}},
 ]
 
 
@@ -215,6 +240,11 @@ def test_the_worst_comes_first_and_the_rest_follows():
     found = state_of(overview(undeliverable=1, **LEADERLESS, alerts=Unanswered("Prometheus is away")))
     assert [problem.severity for problem in found.problems] == [Severity.PAGE, Severity.UNKNOWN, Severity.TICKET]
     assert found.level == "page"
+
+
+def test_a_paused_relay_does_not_hide_that_none_leads():
+    found = state_of(overview(**PAUSED, **LEADERLESS))
+    assert [problem.alert for problem in found.problems] == ["RelayWithoutLeader", "RelayPaused"]
 
 
 def test_an_alert_about_what_is_said_is_not_said_twice():
@@ -235,7 +265,10 @@ def test_a_tenant_hears_of_its_own():
     def of(rows):
         return state_of_tenant(TenantOverview(NOW, "t1", Database(tenant=rows), Llm()))
 
-    assert of(TenantRows(3, 0, 0)).line == "Nothing of your tenant is stuck."
+    assert of(TenantRows(3, 0, 0, NOW - timedelta(seconds=60))).line == "Nothing of your tenant is stuck."
+    late = of(TenantRows(3, 0, 0, NOW - timedelta(seconds=61)))
+    assert late.line == "3 events of your tenant wait to be published, the oldest for 1 min 1 s."
+    assert late.level == "page"
     assert of(TenantRows(0, 2, 1)).line == "2 events of your tenant undeliverable."
     assert of(TenantRows(0, 0, 1)).line == "1 open dead letter of your tenant."
     assert of(None).level == "unknown"

@@ -3,7 +3,6 @@
 import json
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import urlsplit
 
 from django import template
 from django.conf import settings
@@ -93,7 +92,7 @@ def runbook(alert: str, url: str = "") -> SafeString:
     """A link to an alert's section of the runbook; its name alone where nobody has said where the documents are."""
     if not alert:
         return SafeString("")
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not url.startswith(("http://", "https://")):
         docs_url = str(getattr(settings, "DOCS_URL", ""))
         url = f"{docs_url}/runbook.md#{alert.lower()}" if docs_url.startswith(("http://", "https://")) else ""
     if not url:

@@ -104,7 +104,7 @@ function draw(figure) {
     interaction: { mode: "index", intersect: false },
     plugins: {
       legend: { display: false },
-      tooltip: { callbacks: { label: (item) => `${item.dataset.label}: ${drawn[item.datasetIndex].write(item.raw)}` } },
+      tooltip: { callbacks: { label: (item) => `${item.dataset.label}: ${kinds[item.datasetIndex].write(item.raw)}` } },
     },
     scales: axes(drawn, colour),
   };
@@ -141,7 +141,10 @@ function sayStale(why) {
   document.body.classList.add("ov-is-stale");
 }
 
+let freshAt = Date.now();
+
 function sayFresh() {
+  freshAt = Date.now();
   document.getElementById("stale").hidden = true;
   document.body.classList.remove("ov-is-stale");
 }
@@ -179,6 +182,8 @@ async function keepFresh() {
   clearTimeout(timer);
   if (document.hidden || isRefreshing) return;
   isRefreshing = true;
+  // Hidden since yesterday, or the machine slept: "Healthy" was then.
+  if (Date.now() - freshAt > 3 * OVERVIEW_MS) sayStale("asking anew");
   try {
     await refresh();
   } finally {
