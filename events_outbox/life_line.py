@@ -6,7 +6,7 @@ and asks nobody.
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import partial
 from typing import Literal
@@ -17,13 +17,14 @@ from . import pauses
 from .handlers import Consumer, consumers
 from .models import DeadLetter, OutboxEvent, ProcessedEvent, RelayCursor, UndeliverableEvent
 from .offsets import OffsetsNotKnown, PartitionOffsets, read_offsets
-from .record_search import SEARCH_SECONDS, FoundRecord, RecordSearch, find_records
+from .record_search import CLOCK_SKEW, SEARCH_SECONDS, FoundRecord, RecordSearch, find_records
 from .status import readable_seconds
 
 Tone = Literal["good", "waiting", "bad", "off"]
 """good: it is done. waiting: it goes on by itself. bad: somebody must look. off: there is nothing to come."""
 
 BEHIND = "behind"
+NO_ANSWER = "Kafka does not answer now"
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,12 @@ class ConsumerKnows:
 class Known:
     """All that is known of an event. `kafka`: None while Kafka was not asked.
 
-    `relay_waits`: what keeps the relay from publishing, empty when nothing does.
+    `is_past_cursor`: None when the cursor is of another cluster, and so does not tell. `relay_waits`: what keeps the
+    relay from publishing, empty when nothing does.
     """
 
     emitted_at: datetime
-    is_past_cursor: bool
+    is_past_cursor: bool | None
     parked: UndeliverableEvent | None = None
     relay_waits: str = ""
     consumers: Sequence[ConsumerKnows] = ()
@@ -90,15 +92,16 @@ class Step:
 
 @dataclass(frozen=True)
 class LifeLine:
-    """The stages in order. `is_settled`: nothing more comes by itself."""
+    """The stages in order. `is_settled`: nothing more comes by itself. `asks_again`: Kafka has told nothing yet."""
 
     emitted: Step
     published: Step
     consumers: Sequence[Step]
+    asks_again: bool = False
 
     @property
     def is_settled(self) -> bool:
-        return all(step.tone != "waiting" for step in (self.published, *self.consumers))
+        return not self.asks_again and all(step.tone != "waiting" for step in (self.published, *self.consumers))
 
     @property
     def summary(self) -> str:
@@ -126,7 +129,7 @@ def read(event: OutboxEvent, cursor: RelayCursor, kafka: KafkaKnows | None = Non
     relay_pause = pauses.relay_pause()
     return Known(
         emitted_at=event.created_at,
-        is_past_cursor=cursor.has_published(event),
+        is_past_cursor=cursor.has_published(event) if cursor.is_of_this_cluster() else None,
         parked=getattr(event, "undeliverable", None),
         relay_waits=f"the relay is paused {pauses.in_words(relay_pause)}" if relay_pause else cursor.last_error,
         consumers=[
@@ -167,12 +170,28 @@ def _not_for(consumer: Consumer, event: OutboxEvent) -> str:
 
 def assemble(known: Known, *, shows_operation: bool = True) -> LifeLine:
     """The life line. `shows_operation`: with what is about the relay and the groups as a whole, all tenants' events."""
+    if not shows_operation and known.kafka is not None:
+        known = replace(known, kafka=without_operation(known.kafka))
     published = _published(known, shows_operation)
     return LifeLine(
         Step("emitted", "emitted", "good", "in the outbox", known.emitted_at),
         published,
         [_consumer(consumer, known, published, shows_operation) for consumer in known.consumers],
+        asks_again=known.kafka is not None and bool(known.kafka.search.not_known),
     )
+
+
+def without_operation(kafka: KafkaKnows) -> KafkaKnows:
+    """The same without what names brokers, or tells how much others write."""
+    groups = {
+        name: replace(group, not_known=NO_ANSWER) if group.not_known else group for name, group in kafka.groups.items()
+    }
+    search = replace(
+        kafka.search,
+        not_known=NO_ANSWER if kafka.search.not_known else "",
+        cut_short="not everything was read" if kafka.search.cut_short else "",
+    )
+    return KafkaKnows(search, groups)
 
 
 def _published(known: Known, shows_operation: bool) -> Step:
@@ -181,6 +200,9 @@ def _published(known: Known, shows_operation: bool) -> Step:
     search = known.kafka.search if known.kafka is not None else None
     if search is not None and search.records:
         return _found(known, search)
+    if known.is_past_cursor is None:
+        words = "not known: the database was restored, and no relay has led since"
+        return Step("published", "not-known", "waiting", words)
     if known.is_past_cursor:
         return Step("published", "published", "good", "in Kafka", details=[_why_not_found(search)])
     details = [known.relay_waits] if known.relay_waits and shows_operation else []
@@ -211,12 +233,15 @@ def _parked(parked: UndeliverableEvent) -> Step:
 
 def _found(known: Known, search: RecordSearch) -> Step:
     first, *others = search.records
+    if search.is_dropped:
+        details = [f"Kafka holds {len(search.records)} of its records; an earlier one may have been dropped"]
+        return Step("published", "published", "good", "in Kafka", details=details)
     details = []
     if first.published_at is not None:
         details.append(f"{_between(known.emitted_at, first.published_at)} after it was emitted")
     if others:
         details.append(f"published {len(others) + 1} times{'' if not search.cut_short else ' or more'}: replayed")
-    if not known.is_past_cursor:
+    if known.is_past_cursor is False:
         details.append("the relay has not noted it yet")
     return Step("published", "published", "good", "in Kafka", first.published_at, details)
 
@@ -230,10 +255,12 @@ def _why_not_found(search: RecordSearch | None) -> str:
         return f"when and where is not known: {search.cut_short}"
     if search.is_dropped:
         return "when and where is not known: Kafka no longer holds its record"
-    return "Kafka holds no record of it"
+    return f"Kafka holds no record of it from {CLOCK_SKEW.seconds} s before it was emitted on"
 
 
 def _consumer(consumer: ConsumerKnows, known: Known, published: Step, shows_operation: bool) -> Step:
+    if consumer.letter is not None and _was_handled_after(consumer.letter, consumer.processed_at):
+        consumer = replace(consumer, letter=None)
     if consumer.letter is not None and consumer.letter.state != "replayed":
         return _letter(consumer.name, consumer.letter)
     if consumer.processed_at is not None:
@@ -246,15 +273,17 @@ def _consumer(consumer: ConsumerKnows, known: Known, published: Step, shows_oper
         return Step(consumer.name, "never", "off", "never gets it")
     if published.state != "published":
         return Step(consumer.name, "waiting", "waiting" if published.tone == "waiting" else "off", "not published yet")
-    if consumer.paused:
-        return Step(
-            consumer.name,
-            "paused",
-            "waiting",
-            "waits: the consumer is paused",
-            details=[consumer.paused] if shows_operation else [],
-        )
-    return _waiting(consumer, known, published, shows_operation)
+    step = _waiting(consumer, known, published, shows_operation)
+    if consumer.paused and step.state == "waiting":
+        details = [consumer.paused] if shows_operation else []
+        return Step(consumer.name, "paused", "waiting", "waits: the consumer is paused", details=details)
+    return step
+
+
+def _was_handled_after(letter: DeadLetter, processed_at: datetime | None) -> bool:
+    """Whether a discarded letter is an old story: its mark was pruned, and the event replayed and handled."""
+    is_later = processed_at is not None and letter.resolved_at is not None and processed_at > letter.resolved_at
+    return letter.state == "discarded" and is_later
 
 
 def _letter(name: str, letter: DeadLetter) -> Step:

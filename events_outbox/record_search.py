@@ -147,13 +147,14 @@ class _Search:
 
     def _take(self, message: Message, unread: set[int], ends: dict[int, int]) -> None:
         number, offset = message.partition(), message.offset()
-        assert number is not None and offset is not None  # noqa: S101  (narrowing)
         if (error := message.error()) is not None:
-            if error.code() == KafkaError._PARTITION_EOF:
+            if error.code() == KafkaError._PARTITION_EOF and number is not None:
                 unread.discard(number)
-            elif not error.retriable():
+            # The client looks for its group though it joins none, and may not be allowed to.
+            elif not (error.retriable() or error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED):
                 raise KafkaException(error)
             return
+        assert number is not None and offset is not None  # noqa: S101  (narrowing)
         self._read += 1
         if message.value() == self._value and (headers := self._own_headers(message)) is not None:
             kind, milliseconds = message.timestamp()

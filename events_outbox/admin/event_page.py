@@ -141,8 +141,10 @@ class EventPage(ReadOnlyAdmin):
     def _way(
         self, request: HttpRequest, event: OutboxEvent, cursor: RelayCursor, kafka: KafkaKnows | None
     ) -> dict[str, Any]:
-        known = life_line.read(event, cursor, kafka)
-        line = life_line.assemble(known, shows_operation=tenant_of(request) is None)
+        shows_operation = tenant_of(request) is None
+        if kafka is not None and not shows_operation:
+            kafka = life_line.without_operation(kafka)
+        line = life_line.assemble(life_line.read(event, cursor, kafka), shows_operation=shows_operation)
         return {
             "line": line,
             "tone": _tone(line),

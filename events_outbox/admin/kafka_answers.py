@@ -11,6 +11,7 @@ from events_outbox.record_search import RecordSearch
 KEPT_SECONDS = 2.0
 KEPT_WITHOUT_ANSWER_SECONDS = 10.0
 """While Kafka is away each question takes its whole time: it is not asked as often."""
+STALE_SECONDS = 30.0
 KEPT_EVENTS = 200
 AT_ONCE = 4
 """Each search has clients and threads of its own: a process makes so many at the same time."""
@@ -21,14 +22,19 @@ _searches = threading.BoundedSemaphore(AT_ONCE)
 
 
 def lately(event: OutboxEvent, *, is_published: bool) -> KafkaKnows:
-    """Return what Kafka tells of the event, at most a few seconds old, and not from before it was published."""
+    """Return what Kafka tells of the event, not from before it was published.
+
+    At most a few seconds old; up to STALE_SECONDS more while too many others are being looked for.
+    """
     key = event.pk, is_published
     with _lock:
         until, answer = _kept.get(key, (0.0, None))
     if answer is not None and time.monotonic() < until:
         return answer
     if not _searches.acquire(blocking=False):
-        return answer or KafkaKnows(RecordSearch(not_known="others are being looked for, it is asked again"))
+        if answer is not None and time.monotonic() < until + STALE_SECONDS:
+            return answer
+        return KafkaKnows(RecordSearch(not_known="others are being looked for, it is asked again"))
     try:
         answer = ask_kafka(event)
     finally:

@@ -75,7 +75,7 @@ class RelayCursorAdmin(ReadOnlyAdmin):
                 title="Pause the relay",
                 introduction="Within about a second nothing is published any more. Events go on being emitted, and "
                 "wait; whoever leads goes on leading, also a relay that takes the lead meanwhile. After the "
-                "resumption all of them are published, in order.",
+                "resumption all of them are published, in order. A replay that somebody runs is not held back.",
                 button="Pause the relay",
                 needs_reason=True,
                 danger=True,

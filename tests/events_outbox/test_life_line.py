@@ -68,6 +68,10 @@ PARKED = {"pk": 3, "reason": "MSG_SIZE_TOO_LARGE", "error": "too large", "parked
         ({"found": kafka(not_known="Kafka does not answer: x")}, "published", "good", "in Kafka", "does not answer: x"),
         ({"found": kafka(cut_short="5 records were read")}, "published", "good", "in Kafka", "5 records were read"),
         ({"found": kafka(is_dropped=True)}, "published", "good", "in Kafka", "no longer holds its record"),
+        ({"found": kafka(9, is_dropped=True)}, "published", "good", "in Kafka", "an earlier one may have been dropped"),
+        ({"found": kafka()}, "published", "good", "in Kafka", "no record of it from 10 s before"),
+        ({"is_past_cursor": None}, "not-known", "waiting", "the database was restored", ""),
+        ({"is_past_cursor": None, "found": kafka(4)}, "published", "good", "in Kafka", "2.0 s after it was emitted"),
     ],
 )  # fmt: skip
 def test_publishing(known, state, tone, words, detail):
@@ -152,6 +156,7 @@ RESOLVED = {"resolved_at": after(8), "resolved_by": "alice", "resolution_reason"
         ({"found": kafka(4, begins_at=5)}, "passed", "off", "its group is past it", "pruned"),
         ({"found": kafka(4, group="no answer")}, "waiting", "waiting", "not handled so far", "no answer"),
         ({"found": kafka(is_dropped=True)}, "not-known", "off", "Kafka no longer holds its record", ""),
+        ({"found": kafka(4, begins_at=5), "paused": "by alice: a bug"}, "passed", "off", "its group is past it", ""),
     ],
 )
 def test_a_consumer(known, state, tone, words, detail):
@@ -168,6 +173,20 @@ def test_what_concerns_all_tenants_is_left_out():
     assert "before it" not in " ".join(step.details)
     (step,) = line(paused="by alice: a bug", shows_operation=False).consumers
     assert step.details == []
+    away = line(found=kafka(not_known="Kafka does not answer: broker-1:9093", group="broker-1"), shows_operation=False)
+    assert "broker-1" not in repr(away)
+
+
+def test_a_dropped_first_record_leaves_out_how_long_it_took():
+    whole = line(found=kafka(9, is_dropped=True), processed_at=after(5))
+    assert whole.published.at is None
+    assert "after it was published" not in " ".join(whole.consumers[0].details)
+
+
+def test_what_was_handled_after_its_letter_was_discarded_is_handled():
+    discarded = letter(resolution="discarded", resolved_at=after(10), resolved_by="alice", resolution_reason="old")
+    assert line(letter=discarded, processed_at=after(9)).consumers[0].state == "discarded"
+    assert line(letter=discarded, processed_at=after(11)).consumers[0].state == "handled"
 
 
 @pytest.mark.parametrize(
@@ -176,6 +195,7 @@ def test_what_concerns_all_tenants_is_left_out():
         ({"is_past_cursor": False}, False, "waits for the relay"),
         ({}, False, "billing: not handled so far"),
         ({"processed_at": after(5)}, True, "published, handled by billing"),
+        ({"processed_at": after(5), "found": kafka(not_known="busy")}, False, "published, handled by billing"),
         ({"letter": letter()}, True, "billing: dead letter: out of retries"),
         ({"not_for_it": "does not handle this type"}, True, "published"),
         ({"parked": UndeliverableEvent(**PARKED)}, True, "undeliverable: refused by Kafka (MSG_SIZE_TOO_LARGE)"),

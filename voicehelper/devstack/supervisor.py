@@ -79,6 +79,7 @@ class Ports:
         self.relay_metrics = _port("METRICS_PORT", 9101)  # the consumers' follow
         self.consumer_metrics = {name: self.relay_metrics + 1 + at for at, name in enumerate(CONSUMERS)}
         self.prometheus = _port("PROMETHEUS_PORT", 9090)
+        self.starts_prometheus = is_installed() and not os.environ.get("PROMETHEUS_URL")
 
     def check(self, kafka: str, *, wait_seconds: float) -> None:
         """Raise DevstackError, naming port and variable, unless all are free within `wait_seconds`."""
@@ -87,7 +88,7 @@ class Ports:
             (self.relay_metrics, "the relay's metrics", "METRICS_PORT"),
         ]
         wanted += [(port, f"{name}'s metrics", "METRICS_PORT") for name, port in self.consumer_metrics.items()]
-        if _starts_prometheus():
+        if self.starts_prometheus and "PROMETHEUS_PORT" in os.environ:
             wanted.append((self.prometheus, "Prometheus", "PROMETHEUS_PORT"))
         if not os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
             wanted.append((self.kafka, "the Kafka broker", "KAFKA_PORT"))
@@ -102,6 +103,10 @@ class Ports:
                         f"another port, for example `{variable}={port + 1000} make up`"
                     )
                 time.sleep(0.1)
+        # Nobody has asked for one by name: Debian's package starts its own there, which does not know our processes.
+        while self.starts_prometheus and not _is_free(self.prometheus):
+            self.starts_prometheus = time.monotonic() < deadline
+            time.sleep(0.1)
 
 
 @dataclass
@@ -151,7 +156,7 @@ class Supervisor:
             else:
                 self.broker = EmbeddedBroker(ports.kafka, TOPICS, output=output)
         self.prometheus: Prometheus | None = None
-        if _starts_prometheus():
+        if ports.starts_prometheus:
             targets = {
                 "web": [ports.web],
                 "relay": [ports.relay_metrics],
@@ -292,6 +297,11 @@ class Supervisor:
             return f"{self.prometheus.url}  (Prometheus; the admin shows them)"
         if url := os.environ.get("PROMETHEUS_URL"):
             return f"{url}  (PROMETHEUS_URL)"
+        if is_installed():
+            port = self.ports.prometheus
+            return (
+                f"none over time: port {port} is taken; choose one, for example `PROMETHEUS_PORT={port + 1000} make up`"
+            )
         return "none over time: install the program `prometheus` and start again"
 
     def _web_environment(self) -> dict[str, str]:
@@ -347,11 +357,6 @@ def _port(variable: str, default: int) -> int:
     if not text.isdecimal() or not 0 < int(text) < 65_000:
         raise DevstackError(f"{variable}={text} is not a port number")
     return int(text)
-
-
-def _starts_prometheus() -> bool:
-    """Where the program is there, unless the environment names one that runs already."""
-    return is_installed() and not os.environ.get("PROMETHEUS_URL")
 
 
 def _is_free(port: int) -> bool:
