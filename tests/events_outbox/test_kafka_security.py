@@ -21,7 +21,8 @@ from django.views.debug import SafeExceptionReporterFilter
 from events_outbox import Consumer, handlers, kafka
 from events_outbox.conf import outbox_settings
 from events_outbox.consumer import ConsumerProcess
-from events_outbox.models import RelayCursor, UndeliverableEvent
+from events_outbox.models import OutboxEvent, RelayCursor, UndeliverableEvent
+from events_outbox.record_search import find_records
 from events_outbox.relay import Relay
 from events_outbox.status import read_status
 from tests.events_outbox.conftest import eventually, in_thread
@@ -331,6 +332,20 @@ def test_a_consumer_without_permission_waits_says_so_and_recovers(
         assert thread.is_alive() and consumer.handled == []
         secure_kafka.allow(user, name, operations=(AclOperation.READ,), kind=kind)
         eventually(lambda: consumer.handled == ["c1"], 40)
+
+
+@on_secure_broker
+def test_permissions_it_takes_to_find_a_record(secure_kafka, settings, topic, emit, published):
+    published(settings, "found")
+    event = OutboxEvent.objects.latest("id")
+    looker = f"looker-{random.randrange(10**9)}"
+    secure_kafka.set_password(looker, "right-password")
+    log_in(settings, secure_kafka.login(looker, "right-password"))
+    assert "authoriz" in find_records(event).not_known
+    secure_kafka.allow(looker, topic, operations=(AclOperation.READ,))  # and nothing of a group
+    found = eventually(lambda: find_records(event).records)
+    assert len(found) == 1
+    assert not find_records(event).not_known
 
 
 @on_secure_broker
