@@ -1,7 +1,9 @@
 """The overview page: what it shows, to whom, and within what time when others hang."""
 
+import json
 import re
 import socket
+import subprocess
 import threading
 import time
 from contextlib import closing
@@ -18,9 +20,10 @@ from events_outbox import emit_event
 from events_outbox.lag import Lag
 from events_outbox.models import DeadLetter, OutboxEvent, UndeliverableEvent, Worker
 from monitoring import prometheus
+from monitoring.prometheus import Series, Unanswered
 from voicehelper.console import database, lags, overview
 from voicehelper.console.database import emitted_per_minute
-from voicehelper.console.figures import Line
+from voicehelper.console.figures import Chart, Line, _chart, _increase
 from voicehelper.console.own_metrics import quantile
 from voicehelper.proto.conversation_pb2 import ConversationCreatedPayload
 
@@ -223,6 +226,44 @@ def test_emitted_per_minute_by_bisection(db, tenant):
 
 def test_emitted_per_minute_of_an_empty_outbox(db):
     assert set(emitted_per_minute().lines[0].values) == {0.0}
+
+
+def test_a_failure_rate_alone_is_not_taken_for_what_was_published():
+    away = Unanswered("Prometheus refuses the question")
+    failures = [Series({}, [60.0], [0.25])]
+    assert _chart([("Published", away), ("Failures", failures)]) == Chart(missing=str(away))
+    assert [line.label for line in _chart([("Published", failures), ("Failures", away)]).lines] == ["Published"]
+
+
+@pytest.mark.needs_tool("promtool")
+def test_what_a_counter_comes_with_counts(tmp_path):
+    """a: one request, its only one. b: 5 at its first scrape, 7 now. c: from 10 to 12 in the window."""
+    test = {
+        "evaluation_interval": "1m",
+        "tests": [
+            {
+                "interval": "1m",
+                "input_series": [
+                    {"series": 'c_total{t="a"}', "values": "_x4 3x6"},
+                    {"series": 'c_total{t="b"}', "values": "_x4 5x2 7x3"},
+                    {"series": 'c_total{t="c"}', "values": "10x6 12x3"},
+                ],
+                "promql_expr_test": [
+                    {
+                        "expr": f"round({_increase('c_total', 't', 480)}, 0.5)",
+                        "eval_time": "10m",
+                        "exp_samples": [
+                            {"labels": f'{{t="{name}"}}', "value": value}
+                            for name, value in [("a", 3), ("b", 7), ("c", 2)]
+                        ],
+                    }
+                ],
+            }
+        ],
+    }
+    (tmp_path / "test.yml").write_text(json.dumps(test))
+    checked = subprocess.run(["promtool", "test", "rules", tmp_path / "test.yml"], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 def test_an_old_value_is_not_the_latest():
