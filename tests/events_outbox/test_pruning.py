@@ -250,7 +250,7 @@ def partitioned(settings):
         yield session
     settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "PARTITION_ROWS": None}
     call_command("migrate", "events_outbox", "zero", verbosity=0)
-    call_command("migrate", "events_outbox", verbosity=0)
+    call_command("migrate", verbosity=0)
 
 
 def starts(session):
@@ -356,4 +356,4 @@ def test_a_table_with_events_is_not_partitioned_behind_ones_back(settings):
             call_command("migrate", "events_outbox", verbosity=0)
     finally:
         settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "PARTITION_ROWS": None}
-        call_command("migrate", "events_outbox", verbosity=0)
+        call_command("migrate", verbosity=0)
