@@ -311,7 +311,7 @@ class DeadLetterAdmin(EventIdAdmin):
                 for letter in chosen
             ],
             action="replay_by_force" if force else "replay",
-            fields=chosen_again(request),
+            fields=chosen_again(chosen),
             button=f"Replay {ready}" if ready else "",
             back=request.get_full_path(),
         )
@@ -366,7 +366,7 @@ class DeadLetterAdmin(EventIdAdmin):
                 for letter in chosen
             ],
             action="discard",
-            fields=chosen_again(request),
+            fields=chosen_again(chosen),
             button=f"Discard {len(chosen)}",
             needs_reason=True,
             danger=True,

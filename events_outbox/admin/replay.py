@@ -156,13 +156,11 @@ class ReplayPages(ReadOnlyAdmin):
         if is_confirmed(request, needs_reason=True):
             self._publish(request, selection)
             return None
-        return self._ask(
-            request, selection, action="replay", fields=chosen_again(request), back=request.get_full_path()
-        )
+        return self._ask(request, selection, action="replay", fields=chosen_again(chosen), back=request.get_full_path())
 
     def replay_view(self, request: HttpRequest) -> HttpResponse:
         """Ask which events, show what would be published, and publish it when that is confirmed."""
-        if not self.has_replay_permission(request):
+        if not (self.has_view_permission(request) and self.has_replay_permission(request)):
             raise PermissionDenied
         tenant = tenant_of(request)
         if request.method == "POST":

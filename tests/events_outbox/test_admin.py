@@ -277,6 +277,25 @@ def test_more_than_can_be_looked_at_is_not_discarded_at_once(operator, parked_ke
     assert "Select at most 1, or use `manage.py undeliverable discard`" in answer
 
 
+def test_of_all_selected_those_that_were_shown_are_discarded(operator, parked_key, emit):
+    shown = ask(operator, "undeliverableevent", "discard", parked_key, select_across="1")
+    assert "Discard 2" in told(shown)
+    UndeliverableEvent.objects.create(
+        event=emit("c-later"), topic="conversation.events", aggregate_id="c-later", reason="OTHER", error="x"
+    )
+    url = reverse("admin:events_outbox_undeliverableevent_changelist")
+    fields = {}
+    for name, value in shown.context["hidden"]:
+        fields.setdefault(name, []).append(value)
+    answer = operator.post(url, {**fields, "confirmed": "yes", "reason": "junk"}, follow=True)
+    assert "2 undeliverable events discarded" in told(answer)
+    assert UndeliverableEvent.objects.open().get().aggregate_id == "c-later"
+    # Nor does an answer that says "all" reach what nobody was shown.
+    form = {"action": "discard", "_selected_action": UndeliverableEvent.objects.open().get().pk, "select_across": "1"}
+    answer = operator.post(f"{url}?state=open", {**form, "confirmed": "yes", "reason": "junk"})
+    assert "Discard 1" in told(answer) and UndeliverableEvent.objects.open().count() == 1
+
+
 def test_a_hostile_aggregate_id_is_text_on_the_discard_page(operator, parked_key):
     parked, _ = parked_key
     UndeliverableEvent.objects.filter(pk=parked.pk).update(aggregate_id="<script>alert(1)</script>")
@@ -417,6 +436,20 @@ def test_a_dead_letter_is_discarded_with_a_reason(operator, parking, letters):
         assert ids_listed(operator, "deadletter", state=state) == ({shown.pk} if shown else set())
 
 
+def test_of_all_selected_letters_those_that_were_shown_are_discarded(operator, parking, letters, emit):
+    with CaptureQueriesContext(connection) as queries:
+        shown = ask(operator, "deadletter", "discard", letters, select_across="1")
+    assert "Discard 2" in told(shown)
+    assert not [q["sql"] for q in queries if '"events_outbox_deadletter"."value"' in q["sql"]]  # 500 of 900 kB each
+    row = emit("b", 0)
+    ConsumerProcess(parking).handle_batch([Record(row.topic, 0, 7, b"b", bytes(row.value))])
+    hidden = [value for name, value in shown.context["hidden"] if name == "_selected_action"]
+    url = reverse("admin:events_outbox_deadletter_changelist")
+    form = {**dict(shown.context["hidden"]), "_selected_action": hidden, "confirmed": "yes", "reason": "junk"}
+    assert "2 dead letters discarded" in told(operator.post(url, form, follow=True))
+    assert DeadLetter.objects.open().get().text_key() == "b"
+
+
 def test_a_dead_letter_that_is_no_event_is_shown_and_discarded(operator):
     ConsumerProcess(handlers.consumer_named("audit")).handle_batch(
         [Record("t", 0, 0, None, b"<script>\xff", [("h", b"<b>\xff")])]
@@ -505,7 +538,13 @@ def test_all_that_match_a_filter_are_redriven(operator, three_events, emit):
     asked = told(operator.get(url))
     assert "Events 1 Keys 1" in asked and "Not redriven: 1" in asked and "stays discarded, by bob" in asked
     assert not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists()
-    assert "1 events of 1 keys" in told(operator.post(url, {"confirmed": "yes"}, follow=True))
+    later = emit("c-later")
+    came = UndeliverableEvent.objects.create(event=later, topic=later.topic, aggregate_id="c-later", reason="OTHER")
+    again = operator.post(url, {"confirmed": "yes", "shown": "1"}, follow=True)
+    assert "By now 2 events are meant, more than confirmed" in told(again) and "Redrive 2" in told(again)
+    assert not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists()
+    came.delete()
+    assert "1 events of 1 keys" in told(operator.post(url, {"confirmed": "yes", "shown": "1"}, follow=True))
     assert UndeliverableEvent.objects.get(redrive_requested_at__isnull=False).event == other
     assert OperatorAction.objects.get().subject == "filter reason=OTHER"
 

@@ -317,7 +317,7 @@ def test_an_action_of_a_tenants_staff_reaches_its_own_rows_alone(staff, own, oth
 def test_a_redrive_by_filter_is_of_the_own_tenant(staff, own, others):
     url = reverse("admin:events_outbox_redrive")
     assert str(others["event"].event_id) not in staff.get(url).content.decode()
-    staff.post(url, {"confirmed": "yes"})
+    staff.post(url, {"confirmed": "yes", "shown": "1"})
     assert UndeliverableEvent.objects.get(redrive_requested_at__isnull=False) == own["parked"]
 
 
