@@ -12,15 +12,17 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
-from events_outbox import RetryPolicy, handlers, pauses
+from events_outbox import RetryPolicy, dead_letters, handlers, pauses
 from events_outbox.admin.keyset import PAGED_ROWS
 from events_outbox.consumer import ConsumerProcess
 from events_outbox.fields import PgSnapshot
+from events_outbox.leader import open_session
 from events_outbox.models import (
     ConsumerPause,
     DeadLetter,
     OperatorAction,
     OutboxEvent,
+    ProcessedEvent,
     RelayCursor,
     UndeliverableEvent,
     Worker,
@@ -153,6 +155,55 @@ def test_search_by_each_id_uses_an_index(operator, three_events, field):
     text = page(operator, "outboxevent", q=str(getattr(event, field)))
     assert str(event.event_id) in text and str(three_events["pending"].event_id) not in text
     assert str(event.event_id) not in page(operator, "outboxevent", q="nothing like it")
+
+
+def test_a_condition_given_twice_takes_either_value(operator, three_events):
+    url = reverse("admin:events_outbox_outboxevent_changelist")
+    two = [three_events["published"], three_events["pending"]]
+    changelist = operator.get(url, {"aggregate_id": [event.aggregate_id for event in two]}).context["cl"]
+    assert {row.pk for row in changelist.result_list} == {event.pk for event in two}
+    (chosen,) = changelist.chosen()  # what an export notes
+    assert chosen.value == "c-published, c-pending"
+
+
+def test_a_search_for_blanks_finds_all(operator, three_events):
+    for blank in (" ", "\t "):
+        assert ids_listed(operator, "outboxevent", q=blank) == {event.pk for event in three_events.values()}
+
+
+@pytest.mark.parametrize(
+    ("model", "query"),
+    [
+        ("outboxevent", {"event_type": "\0"}),
+        ("outboxevent", {"topic": "a\0"}),
+        ("outboxevent", {"aggregate_id": "\0"}),
+        ("outboxevent", {"aggregate_id": ["\0", "a"]}),
+        ("deadletter", {"reason": "\0"}),
+    ],
+)
+def test_a_condition_that_no_row_can_meet_is_told(operator, model, query):
+    url = reverse(f"admin:events_outbox_{model}_changelist")
+    assert operator.get(url, query)["Location"] == f"{url}?e=1"
+    assert operator.get(f"{url}export/", query).status_code == 302
+
+
+def test_odd_addresses_lead_somewhere(operator):
+    resume = reverse("admin:events_outbox_consumer_resume", query={"consumer": "\0"})
+    assert "is not paused" in told(operator.get(resume, follow=True))
+    assert operator.get("/admin/events_outbox/consumerpause/%00/change/").status_code == 302
+    assert operator.get("/admin/audit/auditentry/", {"date": "1970"}).status_code == 200  # its keys begin with 1970
+
+
+def test_what_a_consumer_left_that_is_no_more_is_found(operator, letters):
+    """Also by event id, in the index that begins with the consumer."""
+    letter = letters[0]
+    for model, row in (
+        ("deadletter", letter),
+        ("processedevent", ProcessedEvent.objects.get(event_id=letter.event_id)),
+    ):
+        type(row).objects.filter(pk=row.pk).update(consumer="gone")
+        url = reverse(f"admin:events_outbox_{model}_changelist")
+        assert list(operator.get(url, {"q": str(letter.event_id)}).context["cl"].result_list) == [row]
 
 
 def test_filters_by_type_topic_and_tenant(operator, three_events):
@@ -434,6 +485,39 @@ def test_a_dead_letter_is_discarded_with_a_reason(operator, parking, letters):
     assert (action.action, action.by, action.reason) == ("dead_letter.discarded", "alice", "test data")
     for state, shown in [("discarded", letters[0]), ("replayed", letters[1]), ("open", None)]:
         assert ids_listed(operator, "deadletter", state=state) == ({shown.pk} if shown else set())
+
+
+def test_what_stays_behind_another_is_not_said_to_be_handled(operator, parking, letters, emit):
+    row = emit("a", 2)
+    ConsumerProcess(parking).handle_batch([Record(row.topic, 0, 7, b"a", bytes(row.value))])
+    first, second, _ = DeadLetter.objects.order_by("id")
+    assert "handled then: 2" in told(ask(operator, "deadletter", "discard", [first]))
+    assert "Waiting behind 2" in told(ask(operator, "deadletter", "replay", [first]))
+    for action in ("discard", "replay"):  # the first one, which is not chosen, holds the third back
+        asked = told(ask(operator, "deadletter", action, [second]))
+        assert "Waiting behind 0" in asked and "handled then" not in asked and "Handled after" not in asked
+    DeadLetter.objects.filter(pk=second.pk).update(value=b"junk")  # cannot be replayed: what is behind stays there
+    assert "Replayed 1 Not replayed 1 Waiting behind 0" in told(ask(operator, "deadletter", "replay", [first, second]))
+    assert "handled then: 1" in told(ask(operator, "deadletter", "discard", [first, second]))
+    assert "is paused" not in told(ask(operator, "deadletter", "discard", [first]))
+    pauses.pause(parking.name, by="alice", reason="x")
+    asked = told(ask(operator, "deadletter", "discard", [first]))
+    assert f"Consumer {parking.name} is paused: what waits behind them is handled after its resumption" in asked
+
+
+def test_what_was_discarded_before_a_refusal_is_told_and_logged(operator, parking, letters, emit, monkeypatch):
+    monkeypatch.setattr("events_outbox.letter_actions.LOCK_SECONDS", 0.2)
+    parking.broken |= {2}
+    row = emit("b", 2)
+    ConsumerProcess(parking).handle_batch([Record(row.topic, 0, 7, b"b", bytes(row.value))])
+    chosen = [letters[0], DeadLetter.objects.latest("id")]
+    with open_session() as handling:
+        handling.execute("SELECT pg_advisory_lock(%s)", [dead_letters._lock_id(parking.name, row.topic, b"b")])
+        answer = confirm_discard(operator, chosen, "test data", "deadletter")
+    assert f"The key of dead letter {chosen[1].pk} is being handled: try again; 1 of 2 were discarded" in answer
+    assert "before that; 1 that waited behind were handled" in answer and parking.handled == [1]
+    assert logged(chosen[0]) == ["discarded: test data"] and logged(chosen[1]) == []
+    assert DeadLetter.objects.open().get() == chosen[1]
 
 
 def test_of_all_selected_letters_those_that_were_shown_are_discarded(operator, parking, letters, emit):
