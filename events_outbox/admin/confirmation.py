@@ -78,8 +78,8 @@ def is_confirmed(request: HttpRequest, *, needs_reason: bool = False) -> bool:
 
 
 def reason_of(request: HttpRequest) -> str:
-    """The reason that was given; empty when there is none."""
-    return request.POST.get("reason", "").strip()
+    """The reason that was given; empty when there is none. The database holds no NUL."""
+    return request.POST.get("reason", "").replace("\0", "").strip()
 
 
 def chosen_again(rows: Iterable[Model]) -> dict[str, object]:

@@ -193,8 +193,11 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
         user_id = str(request.user.pk)
         LogEntry.objects.log_actions(user_id, [obj], CHANGE, change_message=text, single_object=True)
 
-    def few(self, request: HttpRequest, queryset: QuerySet[Any], command: str) -> list[Any] | None:
-        """The chosen rows, the oldest first; None, and a message that says why, when there are none or too many."""
+    def few(self, request: HttpRequest, queryset: QuerySet[Any], command: str, *, button: str = "") -> list[Any] | None:
+        """The chosen rows, the oldest first; None, and a message that says why, when there are none or too many.
+
+        `command`, and `button` above the list, if there is one: what takes more.
+        """
         if self.list_select_related and not isinstance(self.list_select_related, bool):
             queryset = queryset.select_related(*self.list_select_related)
         # Without their large fields, which can be of 900 kB each: no action needs those of all.
@@ -204,7 +207,8 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
             return None
         if len(chosen) <= AT_ONCE:
             return chosen
-        self.message_user(request, f"Select at most {AT_ONCE}, or use `manage.py {command}`", messages.ERROR)
+        others = f'"{button}" or `manage.py {command}`' if button else f"`manage.py {command}`"
+        self.message_user(request, f"Select at most {AT_ONCE}, or use {others}", messages.ERROR)
         return None
 
     def log_many(self, request: HttpRequest, count: int, text: str) -> None:

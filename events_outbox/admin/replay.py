@@ -160,7 +160,7 @@ class ReplayPages(ReadOnlyAdmin):
 
     @admin.action(description="Replay: publish again", permissions=["replay"])
     def replay(self, request: HttpRequest, queryset: QuerySet[OutboxEvent]) -> HttpResponse | None:
-        chosen = self.few(request, queryset, "replay_outbox")
+        chosen = self.few(request, queryset, "replay_outbox", button="Replay by filter")
         if chosen is None:
             return None
         selection = Selection(event_ids=tuple(event.event_id for event in chosen))

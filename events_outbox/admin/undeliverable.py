@@ -163,7 +163,7 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
 
     @admin.action(description="Redrive with all events of the same key, in order", permissions=["redrive"])
     def redrive(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> HttpResponse | None:
-        chosen = self.few(request, queryset, "undeliverable redrive")
+        chosen = self.few(request, queryset, "undeliverable redrive", button="Redrive by filter")
         if chosen is None:
             return None
         ids = [parked.pk for parked in chosen]

@@ -191,6 +191,9 @@ def test_odd_addresses_lead_somewhere(operator):
     resume = reverse("admin:events_outbox_consumer_resume", query={"consumer": "\0"})
     assert "is not paused" in told(operator.get(resume, follow=True))
     assert operator.get("/admin/events_outbox/consumerpause/%00/change/").status_code == 302
+    pause = reverse("admin:events_outbox_consumer_pause", query={"consumer": "audit"})
+    operator.post(pause, {"confirmed": "yes", "reason": "bad\0 deploy"})
+    assert ConsumerPause.objects.get().reason == "bad deploy"
     assert operator.get("/admin/audit/auditentry/", {"date": "1970"}).status_code == 200  # its keys begin with 1970
 
 
@@ -326,6 +329,8 @@ def test_more_than_can_be_looked_at_is_not_discarded_at_once(operator, parked_ke
     monkeypatch.setattr("events_outbox.admin.read_only.AT_ONCE", 1)
     answer = told(act(operator, "undeliverableevent", "discard", parked_key, reason="x"))
     assert "Select at most 1, or use `manage.py undeliverable discard`" in answer
+    answer = told(act(operator, "undeliverableevent", "redrive", parked_key))
+    assert 'Select at most 1, or use "Redrive by filter" or `manage.py undeliverable redrive`' in answer
 
 
 def test_of_all_selected_those_that_were_shown_are_discarded(operator, parked_key, emit):
