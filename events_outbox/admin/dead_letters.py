@@ -13,7 +13,7 @@ from django.utils.html import format_html, format_html_join
 from events_outbox import letter_actions, pauses
 from events_outbox.conf import outbox_settings
 from events_outbox.handlers import consumers
-from events_outbox.letter_actions import ReplayRefused
+from events_outbox.letter_actions import AlreadyClosed, ReplayRefused
 from events_outbox.models import DeadLetter, OperatorAction, OutboxEvent
 
 from . import payload
@@ -333,6 +333,10 @@ class DeadLetterAdmin(EventIdAdmin):
         ids, by, refused = [letter.pk for letter in chosen], str(request.user), ""
         try:
             letter_actions.discard(ids, reason=reason, by=by)
+        except AlreadyClosed as error:  # found before anything is done
+            text = str(error)
+            self.message_user(request, f"{text[:1].upper()}{text[1:]}; nothing was changed", messages.ERROR)
+            return None
         except ReplayRefused as error:
             refused = str(error)
         # Each key is discarded in a transaction of its own: those before the one that was refused are.
