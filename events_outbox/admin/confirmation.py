@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from django.contrib.admin.helpers import ACTION_CHECKBOX_NAME
+from django.db.models import Model
 from django.http import HttpRequest
 from django.template.response import TemplateResponse
 from django.urls import reverse
@@ -67,22 +68,32 @@ def confirm(
 
 
 def is_confirmed(request: HttpRequest, *, needs_reason: bool = False) -> bool:
-    """Whether the page was answered with yes, and with a reason if it takes one."""
+    """Whether the page was answered with yes, and with a reason if it takes one.
+
+    Never for "select all": the page was about rows that were shown, not about whatever matches by now.
+    """
     has_answer = request.method == "POST" and "confirmed" in request.POST
+    has_answer = has_answer and request.POST.get("select_across", "0") in ("", "0")
     return has_answer and (bool(reason_of(request)) or not needs_reason)
 
 
 def reason_of(request: HttpRequest) -> str:
-    """The reason that was given; empty when there is none."""
-    return request.POST.get("reason", "").strip()
+    """The reason that was given; empty when there is none. The database holds no NUL."""
+    return request.POST.get("reason", "").replace("\0", "").strip()
 
 
-def chosen_again(request: HttpRequest) -> dict[str, object]:
-    """The fields by which the list finds the chosen rows once more, when the page is answered."""
-    fields: dict[str, object] = {ACTION_CHECKBOX_NAME: request.POST.getlist(ACTION_CHECKBOX_NAME)}
-    if request.POST.get("select_across") == "1":
-        fields["select_across"] = "1"
-    return fields
+def chosen_again(rows: Iterable[Model]) -> dict[str, object]:
+    """The fields by which the list finds these rows once more, and no others, when the page is answered.
+
+    "Select all" would be asked again then, and find rows that came since, which nobody has looked at.
+    """
+    return {ACTION_CHECKBOX_NAME: [row.pk for row in rows]}
+
+
+def shown_before(request: HttpRequest) -> int:
+    """How many the page that is answered had shown, as its field "shown" says; 0 when it does not."""
+    shown = request.POST.get("shown", "")
+    return int(shown) if shown.isdecimal() and len(shown) < 19 else 0
 
 
 def _pairs(fields: Mapping[str, object]) -> list[tuple[str, object]]:

@@ -118,7 +118,7 @@ class ConsumerPauseAdmin(ReadOnlyAdmin):
         """Say what the resumption will do, and resume the consumer when that is confirmed."""
         if not self.has_pause_permission(request):
             raise PermissionDenied
-        consumer = request.GET.get("consumer", "")
+        consumer = request.GET.get("consumer", "").replace("\0", "")
         pause = ConsumerPause.objects.filter(consumer=consumer).first()
         if pause is None:
             self.message_user(request, f"Consumer {consumer} is not paused", messages.WARNING)
@@ -150,7 +150,7 @@ class ConsumerPauseAdmin(ReadOnlyAdmin):
                 columns=("Consumer", "Paused", "By", "Reason"),
                 rows=[(p.consumer, exact_time(p.paused_at), p.paused_by, p.reason) for p in chosen],
                 action="resume",
-                fields=chosen_again(request),
+                fields=chosen_again(chosen),
                 button="Resume",
             )
         return None

@@ -1,12 +1,11 @@
 """Dead letters: what happened, replay, discard."""
 
-import hashlib
 import time
+from collections.abc import Collection
 from typing import Any
 
 from django.contrib import admin, messages
-from django.db.models import CharField, QuerySet
-from django.db.models.functions import MD5
+from django.db.models import QuerySet
 from django.http import HttpRequest, HttpResponse
 from django.urls import reverse
 from django.utils.html import format_html, format_html_join
@@ -14,7 +13,7 @@ from django.utils.html import format_html, format_html_join
 from events_outbox import letter_actions, pauses
 from events_outbox.conf import outbox_settings
 from events_outbox.handlers import consumers
-from events_outbox.letter_actions import ReplayRefused
+from events_outbox.letter_actions import AlreadyClosed, ReplayRefused
 from events_outbox.models import DeadLetter, OperatorAction, OutboxEvent
 
 from . import payload
@@ -277,7 +276,8 @@ class DeadLetterAdmin(EventIdAdmin):
         outcomes = {outcome.letter_id: outcome for outcome in rehearsal}
         ready = sum(not outcome.error for outcome in outcomes.values())
         refused = len(chosen) - ready
-        behind = _waiting_behind(chosen)
+        stuck = {outcome.letter_id for outcome in outcomes.values() if outcome.error}
+        behind = _waiting_behind([letter for letter in chosen if letter.pk in outcomes.keys() - stuck], stuck)
         warnings = []
         if refused:
             warnings.append(f"Not replayed: {refused}. The list says why.")
@@ -311,7 +311,7 @@ class DeadLetterAdmin(EventIdAdmin):
                 for letter in chosen
             ],
             action="replay_by_force" if force else "replay",
-            fields=chosen_again(request),
+            fields=chosen_again(chosen),
             button=f"Replay {ready}" if ready else "",
             back=request.get_full_path(),
         )
@@ -330,27 +330,44 @@ class DeadLetterAdmin(EventIdAdmin):
         reason = reason_of(request)
         if not is_confirmed(request, needs_reason=True):
             return self._ask_discard(request, chosen)
+        ids, by, refused = [letter.pk for letter in chosen], str(request.user), ""
         try:
-            count = letter_actions.discard([letter.pk for letter in chosen], reason=reason, by=str(request.user))
-        except ReplayRefused as error:
+            letter_actions.discard(ids, reason=reason, by=by)
+        except AlreadyClosed as error:  # found before anything is done
             text = str(error)
-            self.message_user(request, text[:1].upper() + text[1:], messages.ERROR)
+            self.message_user(request, f"{text[:1].upper()}{text[1:]}; nothing was changed", messages.ERROR)
             return None
-        for letter in chosen:
+        except ReplayRefused as error:
+            refused = str(error)
+        # Each key is discarded in a transaction of its own: those before the one that was refused are.
+        done = DeadLetter.objects.filter(pk__in=ids, resolution=DeadLetter.Resolution.DISCARDED, resolved_by=by[:150])
+        done_ids = set(done.filter(resolution_reason=reason).values_list("pk", flat=True))
+        discarded = [letter for letter in chosen if letter.pk in done_ids]
+        for letter in discarded:
             self.log(request, letter, f"discarded: {reason}")
-        released = self._release(chosen, time.monotonic() + REQUEST_SECONDS)
-        self.message_user(request, f"{count} dead letters discarded{_and_released(released)}")
+        released = self._release(discarded, time.monotonic() + REQUEST_SECONDS)
+        if refused:
+            before = f"; {len(discarded)} of {len(chosen)} were discarded before that{_and_released(released)}"
+            text = f"{refused[:1].upper()}{refused[1:]}{before if discarded else ''}"
+            self.message_user(request, text, messages.ERROR)
+        else:
+            self.message_user(request, f"{len(discarded)} dead letters discarded{_and_released(released)}")
         return None
 
     def _ask_discard(self, request: HttpRequest, chosen: list[DeadLetter]) -> HttpResponse:
         behind = _waiting_behind(chosen)
+        warnings = [f"What waits behind them in their key is handled then: {behind}."] if behind else []
+        warnings += [
+            f"Consumer {name} is paused: what waits behind them is handled after its resumption."
+            for name in sorted({letter.consumer for letter in chosen if _parks(letter)} & set(pauses.paused()))
+        ]
         return confirm(
             self,
             request,
             title="Discard dead letters",
             introduction="These events will not be handled. They stay visible as discarded, with your name and the "
             "reason.",
-            warnings=[f"What waits behind them in their key is handled then: {behind}."] if behind else [],
+            warnings=warnings,
             facts=[("Discarded", len(chosen)), ("Waiting behind", behind)],
             columns=("Id", "Consumer", "Event type", "Event id", "Key", "Reason", "Error"),
             rows=[
@@ -366,7 +383,7 @@ class DeadLetterAdmin(EventIdAdmin):
                 for letter in chosen
             ],
             action="discard",
-            fields=chosen_again(request),
+            fields=chosen_again(chosen),
             button=f"Discard {len(chosen)}",
             needs_reason=True,
             danger=True,
@@ -383,28 +400,27 @@ class DeadLetterAdmin(EventIdAdmin):
         )
 
 
-def _waiting_behind(chosen: list[DeadLetter]) -> int:
-    """How many open letters that are not chosen wait in the keys of these, as far as they are counted."""
-    keys: dict[tuple[str, str], set[bytes]] = {}
-    for letter in chosen:
+def _waiting_behind(chosen: list[DeadLetter], stuck: Collection[int] = ()) -> int:
+    """How many letters that are not chosen are handled once these are closed, as far as they are counted.
+
+    Those that wait in their keys, up to the first that does not merely wait: one that failed itself, or one of the
+    `stuck`, which stay open. None of a key where an open letter stands before the chosen ones.
+    """
+    firsts: dict[tuple[str, str, bytes], int] = {}
+    for letter in sorted(chosen, key=lambda letter: letter.pk):
         if letter.key is not None and _parks(letter):
-            keys.setdefault((letter.consumer, letter.topic), set()).add(bytes(letter.key))
+            firsts.setdefault((letter.consumer, letter.topic, bytes(letter.key)), letter.pk)
     ids = [letter.pk for letter in chosen]
-    return sum(
-        DeadLetter.objects.open()
-        .alias(key_hash=MD5("key", output_field=CharField()))
-        .filter(consumer=consumer, topic=topic, key_hash__in=[_hash(key) for key in of_topic], key__in=of_topic)
-        .filter(reason=DeadLetter.Reason.BEHIND)
-        .exclude(pk__in=ids)
-        .order_by()[:COUNTED_WAITING]
-        .count()
-        for (consumer, topic), of_topic in keys.items()
-    )
-
-
-def _hash(key: bytes) -> str:
-    """As the index of the open letters has it."""
-    return hashlib.md5(key, usedforsecurity=False).hexdigest()
+    count = 0
+    for (consumer, topic, key), first in firsts.items():
+        others = DeadLetter.objects.open().of_key(consumer, topic, key).exclude(pk__in=ids).order_by("id")
+        for pk, reason in others.values_list("pk", "reason")[: COUNTED_WAITING - count]:
+            if pk < first or pk in stuck or reason != DeadLetter.Reason.BEHIND:
+                break
+            count += 1
+        if count == COUNTED_WAITING:
+            break
+    return count
 
 
 def _parks(letter: DeadLetter) -> bool:

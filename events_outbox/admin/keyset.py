@@ -84,6 +84,8 @@ class BoundedChangeList(ChangeList):
         self.known: set[Any] | None = None
         self.scans = False
         self.by_key = False
+        if any("\0" in value for values in request.GET.lists() for value in values[1]):
+            raise IncorrectLookupParameters("NUL is in no row")  # the database does not even look
         super().__init__(request, *args, **options)
         self.may_export = self.model_admin.has_export_permission(request)
         self.export_link = "export/" + self.get_query_string()
@@ -103,6 +105,7 @@ class BoundedChangeList(ChangeList):
 
     def get_queryset(self, request: HttpRequest, exclude_parameters: Any = None) -> QuerySet[Any]:
         self.by_key = self.model_admin.is_ordered_by_key(request)
+        self.query: str = self.query.strip()
         # Links keep the conditions, but not the place; a form sends what was left empty too.
         self.filter_params = {
             name: values
@@ -113,7 +116,7 @@ class BoundedChangeList(ChangeList):
         if not self.by_key:
             return rows
         has_conditions = bool(rows.query.where)
-        self.known = self._known_keys()
+        self.known = self._known_keys(request)
         self.scans = self.known is None and has_conditions
         if self.known is not None:
             rows = rows.filter(pk__in=self.known)
@@ -152,10 +155,10 @@ class BoundedChangeList(ChangeList):
         first, end = self._period_keys
         return rows.filter(pk__gte=first, pk__lt=end)
 
-    def _known_keys(self) -> set[Any] | None:
+    def _known_keys(self, request: HttpRequest) -> set[Any] | None:
         """The keys that the conditions with an index leave, when they are few."""
         known: set[Any] | None = None
-        for alternatives in self._served_conditions():
+        for alternatives in self._served_conditions(request):
             keys: set[Any] = set()
             for rows in alternatives:
                 keys.update(rows[: KNOWN_KEYS + 1])
@@ -163,7 +166,7 @@ class BoundedChangeList(ChangeList):
                 known = keys if known is None else known & keys
         return known
 
-    def _served_conditions(self) -> Iterator[list[QuerySet[Any]]]:
+    def _served_conditions(self, request: HttpRequest) -> Iterator[list[QuerySet[Any]]]:
         """For each condition that indexes serve: the keys that meet it, from each of the indexes."""
         keys = self.model._base_manager.order_by().values_list("pk", flat=True)
         filtered = set()
@@ -174,9 +177,9 @@ class BoundedChangeList(ChangeList):
                 yield [served]
         for name, values in self.get_filters_params().items():
             if name not in filtered and _is_indexed(self.model, name):
-                yield [keys.filter(**{name: values[-1]})]
-        if self.query and self.model_admin.searches_exactly(self.query):
-            yield [keys.filter(condition) for condition in self.model_admin.exact_conditions(self.query.strip())]
+                yield [keys.filter(**{name: value}) for value in values]  # any of them, as Django reads it
+        if self.query and self.model_admin.searches_exactly(request, self.query):
+            yield [keys.filter(condition) for condition in self.model_admin.exact_conditions(self.query)]
 
     # The page
 
@@ -285,7 +288,7 @@ class BoundedChangeList(ChangeList):
             values = [left.pop(name)[-1] for name in names]
             if names:
                 chosen.append((str(spec.title), _choice(spec, values[0], self), names))
-        chosen += [(name, str(values[-1]), [name]) for name, values in left.items()]
+        chosen += [(name, ", ".join(map(str, values)), [name]) for name, values in left.items()]
         if self.query:
             chosen.append(("search", self.query, [SEARCH_VAR]))
         if self.period is not None:
@@ -396,18 +399,26 @@ class BoundedList(ExportedList):
                 continue
         return conditions
 
-    def searches_exactly(self, term: str) -> bool:
+    def searches_exactly(self, request: HttpRequest, term: str) -> bool:
         """Whether a term is looked up whole: unless it is nowhere, and may be found as a part."""
         if not self.exact_search:
             return False
-        rows = self.model._base_manager
-        return not self.search_fields or any(rows.filter(found).exists() for found in self.exact_conditions(term))
+        return not self.search_fields or any(self._is_in_rows(request, found) for found in self.exact_conditions(term))
+
+    def _is_in_rows(self, request: HttpRequest, condition: Q) -> bool:
+        """Whether some of the rows that the user may see meet a condition that an index serves."""
+        rows = self.get_queryset(request).order_by()
+        found = self.model._base_manager.filter(condition).order_by()
+        if not rows.query.where:
+            return bool(found.exists())
+        # By index first: which of them are the user's is looked up by key, for as many as are taken anyway.
+        return bool(rows.filter(pk__in=found.values("pk")[:KNOWN_KEYS]).exists())
 
     def get_search_results(
         self, request: HttpRequest, queryset: QuerySet[Any], search_term: str
     ) -> tuple[QuerySet[Any], bool]:
         term = search_term.strip()
-        if not term or not self.searches_exactly(term):
+        if not term or not self.searches_exactly(request, term):
             return super().get_search_results(request, queryset, search_term)
         conditions = self.exact_conditions(term)
         found = Q(pk__in=[])

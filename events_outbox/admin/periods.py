@@ -112,7 +112,7 @@ def keys_of(model: type[models.Model], time_field: str, period: Period) -> tuple
 
 
 def _milliseconds(moment: datetime) -> int:
-    return int(moment.timestamp() * 1000)
+    return max(0, int(moment.timestamp() * 1000))  # the minute before 1970, too
 
 
 def _key_at(

@@ -8,8 +8,9 @@ from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.admin.utils import quote, unquote
 from django.contrib.contenttypes.models import ContentType
 from django.core.exceptions import PermissionDenied
-from django.db import models
+from django.db import connection, models
 from django.db.models import Q, QuerySet
+from django.db.models.constants import LOOKUP_SEP
 from django.http import Http404, HttpRequest, HttpResponse, HttpResponseRedirect
 from django.template.response import TemplateResponse
 from django.urls import URLPattern, path, reverse
@@ -104,11 +105,19 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
         hidden = () if payload.may_view(request) else self.payload_fields
         return [*(super().get_exclude(request, obj) or ()), *hidden]
 
+    def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
+        """No list is filtered by what an event carries: who may not see a text could guess it letter by letter."""
+        name = lookup.partition(LOOKUP_SEP)[0]
+        binary = {field.name for field in self.opts.concrete_fields if isinstance(field, models.BinaryField)}
+        return name not in {*self.payload_fields, *binary} and super().lookup_allowed(lookup, value, request)
+
     def may(self, request: HttpRequest, codename: str) -> bool:
         """Whether the user has one of the permissions of events."""
         return bool(request.user.has_perm(f"events_outbox.{codename}"))
 
     def get_object(self, request: HttpRequest, object_id: str, from_field: str | None = None) -> Any:
+        if "\0" in object_id:  # no key has it, and the database refuses to look
+            return None
         obj: Any = super().get_object(request, object_id, from_field)
         if obj is not None:
             obj.page_request = request  # with the row, as an admin is shared by the threads
@@ -139,7 +148,7 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
     def act_view(self, request: HttpRequest, object_id: str, action: str) -> HttpResponse:
         """One of the list's actions for a single row: it asks as it does there, and leads back to the row."""
         found = self.get_actions(request).get(action)
-        if found is None:
+        if found is None or not self.has_view_permission(request):
             raise PermissionDenied
         obj = self.get_object(request, unquote(object_id))
         if obj is None:
@@ -184,15 +193,22 @@ class ReadOnlyAdmin(TenantConfined, BoundedList, ModelAdmin):
         user_id = str(request.user.pk)
         LogEntry.objects.log_actions(user_id, [obj], CHANGE, change_message=text, single_object=True)
 
-    def few(self, request: HttpRequest, queryset: QuerySet[Any], command: str) -> list[Any] | None:
-        """The chosen rows, the oldest first; None, and a message that says why, when there are none or too many."""
-        chosen = list(queryset.order_by("id")[: AT_ONCE + 1])
+    def few(self, request: HttpRequest, queryset: QuerySet[Any], command: str, *, button: str = "") -> list[Any] | None:
+        """The chosen rows, the oldest first; None, and a message that says why, when there are none or too many.
+
+        `command`, and `button` above the list, if there is one: what takes more.
+        """
+        if self.list_select_related and not isinstance(self.list_select_related, bool):
+            queryset = queryset.select_related(*self.list_select_related)
+        # Without their large fields, which can be of 900 kB each: no action needs those of all.
+        chosen = list(queryset.order_by("id").defer(*self.list_defer)[: AT_ONCE + 1])
         if not chosen:
             self.message_user(request, "None of them is there any more", messages.ERROR)
             return None
         if len(chosen) <= AT_ONCE:
             return chosen
-        self.message_user(request, f"Select at most {AT_ONCE}, or use `manage.py {command}`", messages.ERROR)
+        others = f'"{button}" or `manage.py {command}`' if button else f"`manage.py {command}`"
+        self.message_user(request, f"Select at most {AT_ONCE}, or use {others}", messages.ERROR)
         return None
 
     def log_many(self, request: HttpRequest, count: int, text: str) -> None:
@@ -216,6 +232,23 @@ def _with_buttons(answer: HttpResponse, place: str, buttons: list[tuple[str, str
     return answer
 
 
+def _consumers_of(model: type[models.Model]) -> set[str]:
+    """The consumers that a table holds rows of, also those that no code registers any more.
+
+    From one name to the next by the index that begins with them: as many look-ups as there are names.
+    """
+    statement = """WITH RECURSIVE found(consumer) AS (
+                    (SELECT consumer FROM {table} ORDER BY consumer LIMIT 1)
+                    UNION ALL
+                    SELECT (SELECT consumer FROM {table} WHERE consumer > found.consumer ORDER BY consumer LIMIT 1)
+                      FROM found WHERE found.consumer IS NOT NULL
+                )
+                SELECT consumer FROM found WHERE consumer IS NOT NULL"""
+    with connection.cursor() as cursor:
+        cursor.execute(statement.replace("{table}", connection.ops.quote_name(model._meta.db_table)))
+        return {name for (name,) in cursor.fetchall()}
+
+
 class EventIdAdmin(ReadOnlyAdmin):
     """Rows are found by an event id, in a table whose index begins with the consumer."""
 
@@ -223,5 +256,5 @@ class EventIdAdmin(ReadOnlyAdmin):
     search_help_text = "an event id, whole"
 
     def exact_conditions(self, term: str) -> list[Q]:
-        names = [consumer.name for consumer in consumers()]
-        return [condition & Q(consumer__in=names) for condition in super().exact_conditions(term)]
+        names = {consumer.name for consumer in consumers()} | _consumers_of(self.model)
+        return [condition & Q(consumer__in=sorted(names)) for condition in super().exact_conditions(term)]

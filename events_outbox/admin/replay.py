@@ -4,7 +4,7 @@ import contextlib
 import threading
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -22,6 +22,7 @@ from django.utils import timezone
 from events_outbox.conf import outbox_settings
 from events_outbox.management.arguments import event_type_pattern, moment
 from events_outbox.models import OutboxEvent, RelayCursor
+from events_outbox.operators import note_action
 from events_outbox.publisher import ProducerBroken
 from events_outbox.replay import Replay, ReplayRefused, ReplayStopped, Selection
 
@@ -34,6 +35,11 @@ REQUEST_SECONDS = 20.0
 """How long a request selects or publishes. What is left over is for the command, which goes on where it stopped."""
 AT_ONCE_EVENTS = 10_000
 SHOWN_EVENTS = 10
+NOTED_CHARACTERS = 20_000
+"""Of the command that stands for a selection, in the audit trail."""
+FIRST_YEAR, LAST_YEAR = 1970, 9000
+LONGEST_ADDRESS = 3_000
+"""Of the characters that a web server takes for an address: some 4,000."""
 
 
 class ParsedField(forms.CharField):
@@ -94,6 +100,11 @@ class ReplayForm(forms.Form):
         if not self.errors:
             if not any(chosen.values()):
                 raise forms.ValidationError("Say which events: fill in at least one field.")
+            for name in ("since", "until"):
+                # Far from the ends of what a time can be: slack is added to it, and other time zones are asked for.
+                if chosen[name] and not FIRST_YEAR <= chosen[name].year <= LAST_YEAR:
+                    text = f"The year of the time {name} must be between {FIRST_YEAR} and {LAST_YEAR}."
+                    raise forms.ValidationError(text)
             if chosen["since"] and chosen["until"] and chosen["since"] >= chosen["until"]:
                 raise forms.ValidationError("The time since must be before the time until.")
         return chosen
@@ -149,20 +160,18 @@ class ReplayPages(ReadOnlyAdmin):
 
     @admin.action(description="Replay: publish again", permissions=["replay"])
     def replay(self, request: HttpRequest, queryset: QuerySet[OutboxEvent]) -> HttpResponse | None:
-        chosen = self.few(request, queryset, "replay_outbox")
+        chosen = self.few(request, queryset, "replay_outbox", button="Replay by filter")
         if chosen is None:
             return None
         selection = Selection(event_ids=tuple(event.event_id for event in chosen))
         if is_confirmed(request, needs_reason=True):
             self._publish(request, selection)
             return None
-        return self._ask(
-            request, selection, action="replay", fields=chosen_again(request), back=request.get_full_path()
-        )
+        return self._ask(request, selection, action="replay", fields=chosen_again(chosen), back=request.get_full_path())
 
     def replay_view(self, request: HttpRequest) -> HttpResponse:
         """Ask which events, show what would be published, and publish it when that is confirmed."""
-        if not self.has_replay_permission(request):
+        if not (self.has_view_permission(request) and self.has_replay_permission(request)):
             raise PermissionDenied
         tenant = tenant_of(request)
         if request.method == "POST":
@@ -178,7 +187,9 @@ class ReplayPages(ReadOnlyAdmin):
         if not form.is_valid():
             return self._ask_which(request, form, [])
         selection = form.selection()
-        return self._ask(request, selection, fields=_fields(selection), back=_address(selection))
+        # One field for all values of a name: there may be more of them than fields that a form may have.
+        fields = {name: "\n".join(texts) for name, texts in _fields(selection).items()}
+        return self._ask(request, selection, fields=fields, back=_address(selection))
 
     def _ask_which(self, request: HttpRequest, form: ReplayForm, left_out: list[str]) -> HttpResponse:
         context = {
@@ -190,6 +201,7 @@ class ReplayPages(ReadOnlyAdmin):
             "warnings": left_out,
             "form": form,
             "button": "Preview",
+            "method": "post",  # many ids are too long for an address
             "back": reverse("admin:events_outbox_outboxevent_changelist"),
         }
         return TemplateResponse(request, "admin/events_outbox/question.html", context)
@@ -241,10 +253,27 @@ class ReplayPages(ReadOnlyAdmin):
     def _publish(self, request: HttpRequest, selection: Selection) -> None:
         """Publish within the request, and say what became of it."""
         by, reason = str(request.user), reason_of(request)
-        replay, trouble = publish(selection, at_most=_shown(request))
-        if replay.published:
+        has_started = False
+
+        def note_start(started: Replay) -> None:
+            # Before anything is published: whatever ends this process, what it did has left a trace.
+            nonlocal has_started
+            note_action(
+                "events.replayed",
+                consumer="",
+                subject=f"{started.total} events, to begin with",
+                by=by,
+                reason=reason,
+                state="started",
+                selected=started.total,
+                command=selection.command()[:NOTED_CHARACTERS],
+            )
+            has_started = True
+
+        replay, trouble = publish(selection, at_most=_shown(request), on_start=note_start)
+        if has_started:
             replay.note(by=by, reason=reason)
-            self.log_many(request, replay.published, f"Replayed: {reason}")
+            self.log_many(request, replay.published, f"Replayed{' in part' if trouble else ''}: {reason}")
             done = f"{replay.published:,} of {replay.total:,} events published again"
             self.message_user(request, done, messages.WARNING if trouble else messages.SUCCESS)
         elif not trouble:
@@ -266,6 +295,8 @@ def look(selection: Selection) -> Preview:
             trouble=f"To select these events takes longer than {REQUEST_SECONDS:.0f} seconds. Choose fewer, or use the "
             f"command:\n{selection.command()}"
         )
+    except psycopg.Error as error:
+        return Preview(trouble=f"The database does not say which events these are: {error}")
     if outer_ids is None:
         return Preview()
     # Between the first and the last one, so that it costs no more than the selection has.
@@ -275,24 +306,30 @@ def look(selection: Selection) -> Preview:
     return Preview(total, first, last, tuple(rows[:SHOWN_EVENTS]))
 
 
-def publish(selection: Selection, *, at_most: int) -> tuple[Replay, str]:
+def publish(selection: Selection, *, at_most: int, on_start: Callable[[Replay], None]) -> tuple[Replay, str]:
     """Publish for as long as a request may take; return the replay, and what kept it from its end.
 
-    `at_most`: how many were confirmed. Pending events that were published meanwhile can be more.
+    `at_most`: how many were confirmed. Pending events that were published meanwhile can be more. `on_start`: called
+    when it is about to publish, which it does not when there is nothing.
     """
     replay = Replay(selection)
-    trouble = ""
+    trouble, has_started = "", False
     try:
         with _stopped_in_time(replay), replay:
             if replay.total > at_most:
                 return replay, f"By now {replay.total:,} events are meant, more than confirmed: nothing was published"
-            replay.publish()
+            if replay.total:
+                on_start(replay)
+                has_started = True
+                replay.publish()
+    except ReplayRefused as error:
+        return replay, f"The broker refused one: {error}; no later event of its key was published again"
     except ReplayStopped:
         trouble = f"Stopped after {REQUEST_SECONDS:.0f} seconds"
-    except ReplayRefused as error:
-        trouble = f"The broker refused one: {error}; no later event of its key was published again"
     except (ProducerBroken, psycopg.Error) as error:
         trouble = f"It could not go on: {error}"
+    if trouble and has_started and replay.published < replay.total:
+        trouble += "; some events of the batch after these may have gone out too"
     return replay, trouble
 
 
@@ -364,9 +401,11 @@ def _texts(value: Any) -> list[str]:
 
 
 def _address(selection: Selection) -> str:
-    """Where the selection can be changed."""
+    """Where the selection can be changed; the empty form when it is too long for an address."""
     query = QueryDict(mutable=True)
-    for name, texts in _fields(replace(selection, event_ids=selection.event_ids[:50])).items():
+    for name, texts in _fields(selection).items():
         query.setlist(name, texts)
     query["edit"] = "1"
-    return f"{reverse('admin:events_outbox_replay')}?{query.urlencode()}"
+    form = reverse("admin:events_outbox_replay")
+    address = f"{form}?{query.urlencode()}"
+    return address if len(address) <= LONGEST_ADDRESS else form

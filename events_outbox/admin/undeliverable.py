@@ -17,7 +17,7 @@ from events_outbox.catalog import topics
 from events_outbox.models import UndeliverableEvent
 
 from .cells import moment, short_id
-from .confirmation import SHOWN_ROWS, chosen_again, confirm, is_confirmed, reason_of
+from .confirmation import SHOWN_ROWS, chosen_again, confirm, is_confirmed, reason_of, shown_before
 from .filters import ErrorNameFilter, TopicFilter
 from .read_only import ReadOnlyAdmin
 from .texts import exact_time
@@ -148,7 +148,7 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
 
     def redrive_view(self, request: HttpRequest) -> HttpResponse:
         """Redrive all that the list's filter shows, when that is confirmed."""
-        if not self.has_redrive_permission(request):
+        if not (self.has_view_permission(request) and self.has_redrive_permission(request)):
             raise PermissionDenied
         to_list = reverse("admin:events_outbox_undeliverableevent_changelist")
         try:
@@ -158,27 +158,43 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
         query = request.GET.urlencode()
         back = f"{to_list}?{query}" if query else to_list
         chosen_by = f"filter {unquote_plus(query) or 'none'}"
-        answer = self._redrive(request, changelist.queryset, chosen_by=chosen_by, fields={}, back=back)
+        answer = self._redrive(request, changelist.queryset, chosen_by=chosen_by, by_filter=True, back=back)
         return answer or HttpResponseRedirect(back)
 
     @admin.action(description="Redrive with all events of the same key, in order", permissions=["redrive"])
     def redrive(self, request: HttpRequest, queryset: QuerySet[UndeliverableEvent]) -> HttpResponse | None:
-        ids = sorted(queryset.values_list("pk", flat=True)[: NOTED_IDS + 1])
+        chosen = self.few(request, queryset, "undeliverable redrive", button="Redrive by filter")
+        if chosen is None:
+            return None
+        ids = [parked.pk for parked in chosen]
         chosen_by = f"undeliverable {', '.join(map(str, ids[:NOTED_IDS]))}{' ...' if len(ids) > NOTED_IDS else ''}"
         return self._redrive(
             request,
-            queryset,
+            queryset.filter(pk__in=ids),
             chosen_by=chosen_by,
             action="redrive",
-            fields=chosen_again(request),
+            fields=chosen_again(chosen),
             back=request.get_full_path(),
         )
 
     def _redrive(
-        self, request: HttpRequest, queryset: Any, *, chosen_by: str, fields: Mapping[str, object], **options: Any
+        self,
+        request: HttpRequest,
+        queryset: Any,
+        *,
+        chosen_by: str,
+        fields: Mapping[str, object] | None = None,
+        by_filter: bool = False,
+        **options: Any,
     ) -> HttpResponse | None:
+        """Redrive when that is confirmed. `by_filter`: more may match by now than were shown; then it asks again."""
         by = str(request.user)
-        if is_confirmed(request):
+        preview = undeliverable.redrive(queryset, by=by, dry_run=True)
+        warnings = []
+        has_more = by_filter and is_confirmed(request) and preview.events > shown_before(request)
+        if has_more:
+            warnings.append(f"By now {preview.events} events are meant, more than confirmed: nothing was redriven yet.")
+        if is_confirmed(request) and not has_more:
             redriven = undeliverable.redrive(queryset, by=by, chosen_by=chosen_by)
             if not redriven.events:
                 self.message_user(request, "Nothing is to be redriven: none of them is open any more", messages.ERROR)
@@ -187,9 +203,7 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
             done = f"{redriven.events} events of {redriven.keys} keys: the relay publishes them within seconds"
             self.message_user(request, done)
             return None
-        preview = undeliverable.redrive(queryset, by=by, dry_run=True)
         total, is_open = queryset.count(), queryset.filter(discarded_at__isnull=True).count()
-        warnings = []
         if total > is_open:
             warnings.append(f"Not redriven: {total - is_open} that are discarded already.")
         if preview.events > is_open:
@@ -213,7 +227,7 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
                 for p in queryset.select_related("event").defer("event__value").order_by("id")[:SHOWN_ROWS]
             ],
             total=total,
-            fields=fields,
+            fields={**(fields or {}), "shown": preview.events},
             button=f"Redrive {preview.events}" if preview.events else "",
             **options,
         )
@@ -256,7 +270,7 @@ class UndeliverableEventAdmin(ReadOnlyAdmin):
             columns=("Id", "Event", "Topic", "Aggregate", "Refused for"),
             rows=[(p.pk, p.event, p.topic, p.aggregate_id, p.reason) for p in chosen],
             action="discard",
-            fields=chosen_again(request),
+            fields=chosen_again(chosen),
             button=f"Discard {len(chosen)}",
             needs_reason=True,
             danger=True,

@@ -12,15 +12,17 @@ from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 from django.utils import timezone
 
-from events_outbox import RetryPolicy, handlers, pauses
+from events_outbox import RetryPolicy, dead_letters, handlers, pauses
 from events_outbox.admin.keyset import PAGED_ROWS
 from events_outbox.consumer import ConsumerProcess
 from events_outbox.fields import PgSnapshot
+from events_outbox.leader import open_session
 from events_outbox.models import (
     ConsumerPause,
     DeadLetter,
     OperatorAction,
     OutboxEvent,
+    ProcessedEvent,
     RelayCursor,
     UndeliverableEvent,
     Worker,
@@ -155,6 +157,58 @@ def test_search_by_each_id_uses_an_index(operator, three_events, field):
     assert str(event.event_id) not in page(operator, "outboxevent", q="nothing like it")
 
 
+def test_a_condition_given_twice_takes_either_value(operator, three_events):
+    url = reverse("admin:events_outbox_outboxevent_changelist")
+    two = [three_events["published"], three_events["pending"]]
+    changelist = operator.get(url, {"aggregate_id": [event.aggregate_id for event in two]}).context["cl"]
+    assert {row.pk for row in changelist.result_list} == {event.pk for event in two}
+    (chosen,) = changelist.chosen()  # what an export notes
+    assert chosen.value == "c-published, c-pending"
+
+
+def test_a_search_for_blanks_finds_all(operator, three_events):
+    for blank in (" ", "\t "):
+        assert ids_listed(operator, "outboxevent", q=blank) == {event.pk for event in three_events.values()}
+
+
+@pytest.mark.parametrize(
+    ("model", "query"),
+    [
+        ("outboxevent", {"event_type": "\0"}),
+        ("outboxevent", {"topic": "a\0"}),
+        ("outboxevent", {"aggregate_id": "\0"}),
+        ("outboxevent", {"aggregate_id": ["\0", "a"]}),
+        ("deadletter", {"reason": "\0"}),
+    ],
+)
+def test_a_condition_that_no_row_can_meet_is_told(operator, model, query):
+    url = reverse(f"admin:events_outbox_{model}_changelist")
+    assert operator.get(url, query)["Location"] == f"{url}?e=1"
+    assert operator.get(f"{url}export/", query).status_code == 302
+
+
+def test_odd_addresses_lead_somewhere(operator):
+    resume = reverse("admin:events_outbox_consumer_resume", query={"consumer": "\0"})
+    assert "is not paused" in told(operator.get(resume, follow=True))
+    assert operator.get("/admin/events_outbox/consumerpause/%00/change/").status_code == 302
+    pause = reverse("admin:events_outbox_consumer_pause", query={"consumer": "audit"})
+    operator.post(pause, {"confirmed": "yes", "reason": "bad\0 deploy"})
+    assert ConsumerPause.objects.get().reason == "bad deploy"
+    assert operator.get("/admin/audit/auditentry/", {"date": "1970"}).status_code == 200  # its keys begin with 1970
+
+
+def test_what_a_consumer_left_that_is_no_more_is_found(operator, letters):
+    """Also by event id, in the index that begins with the consumer."""
+    letter = letters[0]
+    for model, row in (
+        ("deadletter", letter),
+        ("processedevent", ProcessedEvent.objects.get(event_id=letter.event_id)),
+    ):
+        type(row).objects.filter(pk=row.pk).update(consumer="gone")
+        url = reverse(f"admin:events_outbox_{model}_changelist")
+        assert list(operator.get(url, {"q": str(letter.event_id)}).context["cl"].result_list) == [row]
+
+
 def test_filters_by_type_topic_and_tenant(operator, three_events):
     event_id = str(three_events["published"].event_id)
     for found, query in [
@@ -275,6 +329,27 @@ def test_more_than_can_be_looked_at_is_not_discarded_at_once(operator, parked_ke
     monkeypatch.setattr("events_outbox.admin.read_only.AT_ONCE", 1)
     answer = told(act(operator, "undeliverableevent", "discard", parked_key, reason="x"))
     assert "Select at most 1, or use `manage.py undeliverable discard`" in answer
+    answer = told(act(operator, "undeliverableevent", "redrive", parked_key))
+    assert 'Select at most 1, or use "Redrive by filter" or `manage.py undeliverable redrive`' in answer
+
+
+def test_of_all_selected_those_that_were_shown_are_discarded(operator, parked_key, emit):
+    shown = ask(operator, "undeliverableevent", "discard", parked_key, select_across="1")
+    assert "Discard 2" in told(shown)
+    UndeliverableEvent.objects.create(
+        event=emit("c-later"), topic="conversation.events", aggregate_id="c-later", reason="OTHER", error="x"
+    )
+    url = reverse("admin:events_outbox_undeliverableevent_changelist")
+    fields = {}
+    for name, value in shown.context["hidden"]:
+        fields.setdefault(name, []).append(value)
+    answer = operator.post(url, {**fields, "confirmed": "yes", "reason": "junk"}, follow=True)
+    assert "2 undeliverable events discarded" in told(answer)
+    assert UndeliverableEvent.objects.open().get().aggregate_id == "c-later"
+    # Nor does an answer that says "all" reach what nobody was shown.
+    form = {"action": "discard", "_selected_action": UndeliverableEvent.objects.open().get().pk, "select_across": "1"}
+    answer = operator.post(f"{url}?state=open", {**form, "confirmed": "yes", "reason": "junk"})
+    assert "Discard 1" in told(answer) and UndeliverableEvent.objects.open().count() == 1
 
 
 def test_a_hostile_aggregate_id_is_text_on_the_discard_page(operator, parked_key):
@@ -417,6 +492,53 @@ def test_a_dead_letter_is_discarded_with_a_reason(operator, parking, letters):
         assert ids_listed(operator, "deadletter", state=state) == ({shown.pk} if shown else set())
 
 
+def test_what_stays_behind_another_is_not_said_to_be_handled(operator, parking, letters, emit):
+    row = emit("a", 2)
+    ConsumerProcess(parking).handle_batch([Record(row.topic, 0, 7, b"a", bytes(row.value))])
+    first, second, _ = DeadLetter.objects.order_by("id")
+    assert "handled then: 2" in told(ask(operator, "deadletter", "discard", [first]))
+    assert "Waiting behind 2" in told(ask(operator, "deadletter", "replay", [first]))
+    for action in ("discard", "replay"):  # the first one, which is not chosen, holds the third back
+        asked = told(ask(operator, "deadletter", action, [second]))
+        assert "Waiting behind 0" in asked and "handled then" not in asked and "Handled after" not in asked
+    DeadLetter.objects.filter(pk=second.pk).update(value=b"junk")  # cannot be replayed: what is behind stays there
+    assert "Replayed 1 Not replayed 1 Waiting behind 0" in told(ask(operator, "deadletter", "replay", [first, second]))
+    assert "handled then: 1" in told(ask(operator, "deadletter", "discard", [first, second]))
+    assert "is paused" not in told(ask(operator, "deadletter", "discard", [first]))
+    pauses.pause(parking.name, by="alice", reason="x")
+    asked = told(ask(operator, "deadletter", "discard", [first]))
+    assert f"Consumer {parking.name} is paused: what waits behind them is handled after its resumption" in asked
+
+
+def test_what_was_discarded_before_a_refusal_is_told_and_logged(operator, parking, letters, emit, monkeypatch):
+    monkeypatch.setattr("events_outbox.letter_actions.LOCK_SECONDS", 0.2)
+    parking.broken |= {2}
+    row = emit("b", 2)
+    ConsumerProcess(parking).handle_batch([Record(row.topic, 0, 7, b"b", bytes(row.value))])
+    chosen = [letters[0], DeadLetter.objects.latest("id")]
+    with open_session() as handling:
+        handling.execute("SELECT pg_advisory_lock(%s)", [dead_letters._lock_id(parking.name, row.topic, b"b")])
+        answer = confirm_discard(operator, chosen, "test data", "deadletter")
+    assert f"The key of dead letter {chosen[1].pk} is being handled: try again; 1 of 2 were discarded" in answer
+    assert "before that; 1 that waited behind were handled" in answer and parking.handled == [1]
+    assert logged(chosen[0]) == ["discarded: test data"] and logged(chosen[1]) == []
+    assert DeadLetter.objects.open().get() == chosen[1]
+
+
+def test_of_all_selected_letters_those_that_were_shown_are_discarded(operator, parking, letters, emit):
+    with CaptureQueriesContext(connection) as queries:
+        shown = ask(operator, "deadletter", "discard", letters, select_across="1")
+    assert "Discard 2" in told(shown)
+    assert not [q["sql"] for q in queries if '"events_outbox_deadletter"."value"' in q["sql"]]  # 500 of 900 kB each
+    row = emit("b", 0)
+    ConsumerProcess(parking).handle_batch([Record(row.topic, 0, 7, b"b", bytes(row.value))])
+    hidden = [value for name, value in shown.context["hidden"] if name == "_selected_action"]
+    url = reverse("admin:events_outbox_deadletter_changelist")
+    form = {**dict(shown.context["hidden"]), "_selected_action": hidden, "confirmed": "yes", "reason": "junk"}
+    assert "2 dead letters discarded" in told(operator.post(url, form, follow=True))
+    assert DeadLetter.objects.open().get().text_key() == "b"
+
+
 def test_a_dead_letter_that_is_no_event_is_shown_and_discarded(operator):
     ConsumerProcess(handlers.consumer_named("audit")).handle_batch(
         [Record("t", 0, 0, None, b"<script>\xff", [("h", b"<b>\xff")])]
@@ -505,7 +627,13 @@ def test_all_that_match_a_filter_are_redriven(operator, three_events, emit):
     asked = told(operator.get(url))
     assert "Events 1 Keys 1" in asked and "Not redriven: 1" in asked and "stays discarded, by bob" in asked
     assert not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists()
-    assert "1 events of 1 keys" in told(operator.post(url, {"confirmed": "yes"}, follow=True))
+    later = emit("c-later")
+    came = UndeliverableEvent.objects.create(event=later, topic=later.topic, aggregate_id="c-later", reason="OTHER")
+    again = operator.post(url, {"confirmed": "yes", "shown": "1"}, follow=True)
+    assert "By now 2 events are meant, more than confirmed" in told(again) and "Redrive 2" in told(again)
+    assert not UndeliverableEvent.objects.filter(redrive_requested_at__isnull=False).exists()
+    came.delete()
+    assert "1 events of 1 keys" in told(operator.post(url, {"confirmed": "yes", "shown": "1"}, follow=True))
     assert UndeliverableEvent.objects.get(redrive_requested_at__isnull=False).event == other
     assert OperatorAction.objects.get().subject == "filter reason=OTHER"
 

@@ -367,9 +367,17 @@ def test_a_list_tells_how_many_as_far_as_it_counts(big_tables, operator):
 
 
 def test_wrong_places_lead_to_the_list(big_tables, operator):
-    for query in ({"before": "x"}, {"date": "2026-13"}, {"date": "x"}, {"date": "9999"}, {"nothing": "1"}):
+    wrong = (
+        {"before": "x"},
+        {"date": "2026-13"},
+        {"date": "x"},
+        {"date": "9999"},
+        {"nothing": "1"},
+        {"tenant_id": "\0"},
+    )
+    for query in wrong:
         assert operator.get(url("outboxevent"), query).url == f"{url('outboxevent')}?e=1"
-    for query in ({"before": str(10**30)}, {"after": str(10**30)}, {"date": "1999"}, {"tenant_id": "\0"}, {"o": "-1"}):
+    for query in ({"before": str(10**30)}, {"after": str(10**30)}, {"date": "1999"}, {"o": "-1"}):
         opened(operator, "outboxevent", **query)
 
 

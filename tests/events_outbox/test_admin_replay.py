@@ -1,6 +1,7 @@
 """Replaying events from the admin: which are chosen, what is shown, what is published, and what is left over."""
 
 import threading
+from uuid import uuid4
 
 import pytest
 from django.contrib.admin.models import LogEntry
@@ -50,8 +51,11 @@ def test_nothing_is_published_before_it_is_confirmed(operator, published, topic_
 
     assert "2 of 2 events published again" in confirmed(operator, aggregate_id="a")
     assert numbers(topic_reader.read(2)) == [0, 2]
-    done = OperatorAction.objects.get()
-    assert (done.action, done.by, done.reason) == ("events.replayed", "alice", "lost topic")
+    started, done = OperatorAction.objects.order_by("id")
+    for noted in (started, done):
+        assert (noted.action, noted.by, noted.reason) == ("events.replayed", "alice", "lost topic")
+    assert started.detail["state"] == "started" and started.detail["selected"] == 2
+    assert "--aggregate-id=a" in started.detail["command"]
     assert done.detail["published"] == 2 and done.detail["filter"]["aggregate-id"] == ["a"]
     assert LogEntry.objects.get().change_message == "Replayed: lost topic"
 
@@ -80,6 +84,8 @@ def test_chosen_rows_are_replayed(operator, published, topic_reader):
         ({"preview": "1", "event_type": "Nothing!"}, "is neither an event type"),
         ({"event_id": "7"}, "'7' is none"),
         ({"preview": "1", "since": "1h", "until": "2h"}, "must be before"),
+        ({"preview": "1", "until": "9999-12-31T23:30"}, "The year of the time until must be between 1970 and 9000"),
+        ({"preview": "1", "since": "0001-01-01"}, "The year of the time since must be between 1970 and 9000"),
     ],
 )
 def test_what_chooses_nothing_is_asked_again(operator, published, query, says):
@@ -143,8 +149,43 @@ def test_what_a_request_does_not_finish_is_told_with_the_command(
     text = confirmed(operator, aggregate_id="a")
     assert first.is_set() and "1 of 2 events published again" in text and "Stopped after 20 seconds" in text
     assert f"--aggregate-id=a --after-id {published[0].pk}" in text
-    assert OperatorAction.objects.get().detail["published"] == 1
+    assert OperatorAction.objects.latest("id").detail["published"] == 1
     assert numbers(topic_reader.read(1)) == [0]
+
+
+def test_a_replay_that_fails_at_once_is_in_the_audit_trail(operator, published, monkeypatch, settings):
+    """Its first batch may be in Kafka all the same."""
+    nowhere = {"bootstrap.servers": "127.0.0.1:1"}
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "KAFKA": nowhere, "KAFKA_IS_EMBEDDED": False}
+    monkeypatch.setattr("events_outbox.admin.replay.REQUEST_SECONDS", 1.0)
+    text = confirmed(operator, aggregate_id="a")
+    assert "0 of 2 events published again" in text and "some events of the batch after these may have gone out" in text
+    started, ended = OperatorAction.objects.order_by("id")
+    assert started.detail["state"] == "started" and started.detail["selected"] == 2
+    assert ended.detail["published"] == 0 and ended.reason == "lost topic"
+    assert LogEntry.objects.get().change_message == "Replayed in part: lost topic"
+
+
+def test_many_event_ids_are_sent_in_the_forms_body(operator, published, topic_reader):
+    form = operator.get(reverse(URL)).content.decode().partition("Nothing is published before")[2]
+    assert 'method="post"' in form and "csrfmiddlewaretoken" in form
+    ids = [published[0].event_id, *(uuid4() for _ in range(1200))]
+    answer = operator.post(reverse(URL), {"event_id": "\n".join(map(str, ids)), "preview": "1"})
+    assert "Events to publish again 1" in told(answer) and "1200 of 1201 event ids cannot" in told(answer)
+    assert not OperatorAction.objects.exists() and "Say why" not in told(answer)
+    assert "1 of 1 events published again" in confirmed(operator, **dict(answer.context["hidden"]))
+    assert numbers(topic_reader.read(1)) == [0]
+    asked_again = operator.post(reverse(URL), {"since": "soon", "preview": "1"})
+    assert "is neither a time" in told(asked_again)
+
+
+def test_a_database_that_fails_at_the_preview_is_told(operator, published, monkeypatch):
+    monkeypatch.setattr(
+        "events_outbox.replay.Selection.events",
+        lambda selection, cursor: OutboxEvent.objects.extra(where=["pg_terminate_backend(pg_backend_pid())"]),
+    )
+    text = asked(operator, aggregate_id="a", preview="1")
+    assert "does not say which events these are" in text and "Publish" not in text[-200:]
 
 
 def test_a_selection_that_takes_too_long_is_left_to_the_command(operator, published, monkeypatch):

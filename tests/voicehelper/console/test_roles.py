@@ -227,6 +227,34 @@ def test_a_fresh_database_gets_the_roles_with_their_permissions(roles):
         assert not Group.objects.get(name=name).permissions.filter(codename="view_payload").exists()
 
 
+def test_no_list_is_filtered_by_what_its_reader_may_not_see(member, own):
+    consume("audit")
+    secrets = {
+        "conversations_message": ("content__startswith", "content", "content__regex"),
+        "audit_auditentry": ("payload__content__startswith", "payload__has_key"),
+        "events_outbox_deadletter": ("key", "value__gte"),
+        "events_outbox_outboxevent": ("value__gte", "value"),
+    }
+    client = member("Viewer")
+    for name, lookups in secrets.items():
+        url = reverse(f"admin:{name}_changelist")
+        for lookup in lookups:
+            assert client.get(url, {lookup: "t"}).status_code == 400, lookup
+    url = reverse("admin:conversations_message_changelist")
+    assert client.get(url, {"id": str(own["message"].pk)}).context["cl"].result_count == 1
+
+
+@pytest.mark.parametrize(("model", "row"), [("outboxevent", "event"), ("undeliverableevent", "parked")])
+def test_who_may_act_but_not_look_is_shown_nothing(roles, own, model, row):
+    user = User.objects.create_user("blind", password=PASSWORD, is_staff=True)
+    user.user_permissions.set(Permission.objects.filter(codename__in=["replay_events", "redrive_undeliverableevent"]))
+    client = client_of(user)
+    action = {"outboxevent": "replay", "undeliverableevent": "redrive"}[model]
+    act = reverse(f"admin:events_outbox_{model}_act", args=[own[row].pk, action])
+    for url in (act, reverse(f"admin:events_outbox_{action}")):
+        assert client.get(url).status_code == client.post(url, {"confirmed": "yes", "reason": "x"}).status_code == 403
+
+
 def test_an_admin_makes_no_superuser(member, roles, bob, alice):
     client = member("Admin")
     form = client.get(reverse("admin:identity_user_change", args=[bob.pk])).context["adminform"].form
@@ -317,7 +345,7 @@ def test_an_action_of_a_tenants_staff_reaches_its_own_rows_alone(staff, own, oth
 def test_a_redrive_by_filter_is_of_the_own_tenant(staff, own, others):
     url = reverse("admin:events_outbox_redrive")
     assert str(others["event"].event_id) not in staff.get(url).content.decode()
-    staff.post(url, {"confirmed": "yes"})
+    staff.post(url, {"confirmed": "yes", "shown": "1"})
     assert UndeliverableEvent.objects.get(redrive_requested_at__isnull=False) == own["parked"]
 
 
@@ -379,3 +407,12 @@ def test_a_letter_that_is_no_event_is_of_no_tenant(staff, own):
     ConsumerProcess(consumer_named("audit")).handle_batch([Record("t", 0, 0, None, b"junk", [])])
     letter = DeadLetter.objects.get(event_type="")
     assert staff.get(reverse("admin:events_outbox_deadletter_change", args=[letter.pk])).status_code == 302
+
+
+def test_another_tenants_user_name_hides_no_match_of_ones_own(staff, own, others, bob):
+    name = others["user"].username
+    titled = create_conversation(user=bob, title=f"What {name} asked")
+    found = staff.get(reverse("admin:conversations_conversation_changelist"), {"q": name}).context["cl"].result_list
+    assert [row.pk for row in found] == [titled.pk]
+    mine = staff.get(reverse("admin:conversations_conversation_changelist"), {"q": bob.username})
+    assert {row.pk for row in mine.context["cl"].result_list} == {titled.pk, own["conversation"].pk}
