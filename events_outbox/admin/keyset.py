@@ -186,6 +186,7 @@ class BoundedChangeList(ChangeList):
     def get_results(self, request: HttpRequest) -> None:
         if not self.by_key:
             super().get_results(request)
+            self.full_result_count = self.result_count  # else the theme tells it above the list, and covers the title
             return
         self.result_list = self._page()
         self.paginator = Paginator(self.result_list, self.list_per_page)
@@ -195,7 +196,7 @@ class BoundedChangeList(ChangeList):
         # What "select all" offers: only what was counted.
         is_total = self.count is not None and self.count < PAGED_ROWS
         self.result_count = self.count if is_total and self.count is not None else len(self.result_list)
-        self.full_result_count = self.result_count  # else the theme tells the one above the list
+        self.full_result_count = self.result_count
 
     def _page(self) -> list[Any]:
         if AFTER in self._asked or OLDEST in self._asked:
