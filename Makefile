@@ -34,7 +34,7 @@ bench: $(INSTALLED) ## speed and size, a table and build/bench.json; ONLY=relay 
 	$(VENV_PYTHON) -m tests.benchmarks $(ONLY) $(if $(DOC),--doc) $(if $(QUICK),--quick)
 
 screenshots: $(INSTALLED) ## pictures of the admin's pages, into docs/screenshots, to be looked at before they are committed
-	$(VENV_PYTHON) -m pytest $(ARGS) tests/browser -k every_page
+	$(VENV_PYTHON) -m pytest -p no:randomly $(ARGS) tests/browser # in order: what came before is on the pictures
 	mkdir -p docs/screenshots
 	cp build/screenshots/*-light.png build/screenshots/overview-dark.png build/screenshots/overview-phone.png \
 	    build/screenshots/event-phone.png docs/screenshots

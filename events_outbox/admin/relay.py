@@ -11,6 +11,7 @@ from events_outbox import pauses
 from events_outbox.models import RelayCursor, Worker
 from events_outbox.status import COUNT_LIMIT, count_pending
 
+from .cells import moment, one_line
 from .confirmation import confirm, is_confirmed, reason_of
 from .read_only import ReadOnlyAdmin, tenant_of
 from .texts import exact_time
@@ -19,7 +20,7 @@ from .texts import exact_time
 @admin.register(RelayCursor)
 class RelayCursorAdmin(ReadOnlyAdmin):
     tenant_field = None
-    list_display = ("__str__", "leader", "leader_since", "heartbeat_at", "pending", "events_per_second", "last_error")
+    list_display = ("leads", "since", "seen", "pending", "events_per_second", "paused", "error")
     fields = (
         "paused",
         "leader",
@@ -33,6 +34,22 @@ class RelayCursorAdmin(ReadOnlyAdmin):
         "window_last_id",
         "system_identifier",
     )
+
+    @admin.display(description="leader")
+    def leads(self, cursor: RelayCursor) -> str:
+        return cursor.leader or "none so far"
+
+    @admin.display(description="leads since")
+    def since(self, cursor: RelayCursor) -> str:
+        return moment(cursor.leader_since)
+
+    @admin.display(description="last seen")
+    def seen(self, cursor: RelayCursor) -> str:
+        return moment(cursor.heartbeat_at)
+
+    @admin.display(description="last error")
+    def error(self, cursor: RelayCursor) -> str:
+        return one_line(cursor.last_error)
 
     @admin.display(description="pending events")
     def pending(self, cursor: RelayCursor) -> str:

@@ -14,11 +14,11 @@ from events_outbox.heartbeats import State
 from events_outbox.models import Worker, is_alive
 from events_outbox.status import readable_seconds
 
+from .cells import one_line
 from .filters import ChoiceFilter
 from .read_only import ReadOnlyAdmin
 from .texts import exact_time
 
-ERROR_CHARACTERS = 120
 """Of the last error, in the list."""
 COLOURS = ("success", "info", "warning", "danger", "default")
 
@@ -125,9 +125,7 @@ class WorkerAdmin(ReadOnlyAdmin):
     def shown_error(self, worker: Any) -> str:
         if worker.last_error_at is None:
             return "-"
-        text = " ".join(worker.last_error.split())
-        short = text if len(text) <= ERROR_CHARACTERS else f"{text[:ERROR_CHARACTERS]}..."
-        return f"{_age(worker, worker.last_error_at)} ago: {short}"
+        return one_line(f"{_age(worker, worker.last_error_at)} ago: {' '.join(worker.last_error.split())}")
 
     @admin.display(description="started")
     def started(self, worker: Worker) -> str:

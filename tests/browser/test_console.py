@@ -226,6 +226,8 @@ def test_light_and_dark_are_chosen_with_the_keyboard(product, window):
 @pytest.fixture(scope="module")
 def pages(product):
     """Every page, by name, with something on it."""
+    for number in range(12):
+        product.conversation(f"Conversation {number}")
     aggregate = product.conversation("A conversation with a title")
     product.post("/api/v1/messages", {"conversation_id": aggregate, "content": "Hello"})
     product.request(f"/api/v1/conversations/{aggregate}/complete", {"reason": "done"})
