@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$voicehelper/proto/conversation.proto\x12\x1bvoicehelper.conversation.v1\"R\n\x1a\x43onversationCreatedPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\"\\\n\x1c\x43onversationCompletedPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x15\n\rmessage_count\x18\x03 \x01(\x05\"Y\n\x19\x43onversationFailedPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x15\n\rmessage_count\x18\x03 \x01(\x05\"\x86\x01\n\x12MessageSentPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\x12\x0c\n\x04mode\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontent_length\x18\x06 \x01(\x05\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$voicehelper/proto/conversation.proto\x12\x1bvoicehelper.conversation.v1\"R\n\x1a\x43onversationCreatedPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x0c\n\x04mode\x18\x03 \x01(\t\"v\n\x1c\x43onversationCompletedPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x15\n\rmessage_count\x18\x03 \x01(\x05\x12\x18\n\x10\x64uration_seconds\x18\x04 \x01(\x01\"\x83\x01\n\x19\x43onversationFailedPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x0c\n\x04mode\x18\x02 \x01(\t\x12\x15\n\rmessage_count\x18\x03 \x01(\x05\x12\x18\n\x10\x64uration_seconds\x18\x04 \x01(\x01\x12\x0e\n\x06reason\x18\x05 \x01(\t\"\xf1\x01\n\x12MessageSentPayload\x12\x17\n\x0f\x63onversation_id\x18\x01 \x01(\t\x12\x12\n\nmessage_id\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\x12\x0c\n\x04mode\x18\x05 \x01(\t\x12\x16\n\x0e\x63ontent_length\x18\x06 \x01(\x05\x12\r\n\x05model\x18\x07 \x01(\t\x12\x14\n\x0cinput_tokens\x18\x08 \x01(\x05\x12\x15\n\routput_tokens\x18\t \x01(\x05\x12\x14\n\x0c\x63ost_dollars\x18\n \x01(\x01\x12\x17\n\x0flatency_seconds\x18\x0b \x01(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,9 +34,9 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CONVERSATIONCREATEDPAYLOAD']._serialized_start=69
   _globals['_CONVERSATIONCREATEDPAYLOAD']._serialized_end=151
   _globals['_CONVERSATIONCOMPLETEDPAYLOAD']._serialized_start=153
-  _globals['_CONVERSATIONCOMPLETEDPAYLOAD']._serialized_end=245
-  _globals['_CONVERSATIONFAILEDPAYLOAD']._serialized_start=247
-  _globals['_CONVERSATIONFAILEDPAYLOAD']._serialized_end=336
-  _globals['_MESSAGESENTPAYLOAD']._serialized_start=339
-  _globals['_MESSAGESENTPAYLOAD']._serialized_end=473
+  _globals['_CONVERSATIONCOMPLETEDPAYLOAD']._serialized_end=271
+  _globals['_CONVERSATIONFAILEDPAYLOAD']._serialized_start=274
+  _globals['_CONVERSATIONFAILEDPAYLOAD']._serialized_end=405
+  _globals['_MESSAGESENTPAYLOAD']._serialized_start=408
+  _globals['_MESSAGESENTPAYLOAD']._serialized_end=649
 # @@protoc_insertion_point(module_scope)

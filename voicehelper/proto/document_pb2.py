@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n voicehelper/proto/document.proto\x12\x17voicehelper.document.v1\"g\n\x17\x44ocumentUploadedPayload\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"V\n\x16\x44ocumentIndexedPayload\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63hunk_count\x18\x02 \x01(\x05\x12\x12\n\ncollection\x18\x03 \x01(\t\"-\n\x16\x44ocumentDeletedPayload\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n voicehelper/proto/document.proto\x12\x17voicehelper.document.v1\"g\n\x17\x44ocumentUploadedPayload\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x14\n\x0c\x63ontent_type\x18\x03 \x01(\t\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\"V\n\x16\x44ocumentIndexedPayload\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63hunk_count\x18\x02 \x01(\x05\x12\x12\n\ncollection\x18\x03 \x01(\t\"J\n\x15\x44ocumentFailedPayload\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\r\n\x05\x65rror\x18\x03 \x01(\t\"-\n\x16\x44ocumentDeletedPayload\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,6 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DOCUMENTUPLOADEDPAYLOAD']._serialized_end=164
   _globals['_DOCUMENTINDEXEDPAYLOAD']._serialized_start=166
   _globals['_DOCUMENTINDEXEDPAYLOAD']._serialized_end=252
-  _globals['_DOCUMENTDELETEDPAYLOAD']._serialized_start=254
-  _globals['_DOCUMENTDELETEDPAYLOAD']._serialized_end=299
+  _globals['_DOCUMENTFAILEDPAYLOAD']._serialized_start=254
+  _globals['_DOCUMENTFAILEDPAYLOAD']._serialized_end=328
+  _globals['_DOCUMENTDELETEDPAYLOAD']._serialized_start=330
+  _globals['_DOCUMENTDELETEDPAYLOAD']._serialized_end=375
 # @@protoc_insertion_point(module_scope)

@@ -26,6 +26,16 @@ class DocumentIndexedPayload(_message.Message):
     collection: str
     def __init__(self, document_id: _Optional[str] = ..., chunk_count: _Optional[int] = ..., collection: _Optional[str] = ...) -> None: ...
 
+class DocumentFailedPayload(_message.Message):
+    __slots__ = ("document_id", "title", "error")
+    DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]
+    TITLE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    document_id: str
+    title: str
+    error: str
+    def __init__(self, document_id: _Optional[str] = ..., title: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...
+
 class DocumentDeletedPayload(_message.Message):
     __slots__ = ("document_id",)
     DOCUMENT_ID_FIELD_NUMBER: _ClassVar[int]

@@ -22,17 +22,30 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n voicehelper/proto/identity.proto\x12\x17voicehelper.identity.v1\"7\n\x14TenantCreatedPayload\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"H\n\x15UserRegisteredPayload\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n voicehelper/proto/identity.proto\x12\x17voicehelper.identity.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"7\n\x14TenantCreatedPayload\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"H\n\x15UserRegisteredPayload\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"E\n\x12UserCreatedPayload\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08username\x18\x02 \x01(\t\x12\x0c\n\x04role\x18\x03 \x01(\t\"M\n\x16UserRoleChangedPayload\x12\x0f\n\x07user_id\x18\x01 \x01(\t\x12\x10\n\x08old_role\x18\x02 \x01(\t\x12\x10\n\x08new_role\x18\x03 \x01(\t\")\n\x16UserDeactivatedPayload\x12\x0f\n\x07user_id\x18\x01 \x01(\t\"\x86\x01\n\x13TokenCreatedPayload\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0e\n\x06scopes\x18\x04 \x03(\t\x12.\n\nexpires_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"M\n\x13TokenRotatedPayload\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x13\n\x0breplaced_by\x18\x03 \x01(\t\"H\n\x13TokenRevokedPayload\x12\x10\n\x08token_id\x18\x01 \x01(\t\x12\x0f\n\x07user_id\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'voicehelper.proto.identity_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TENANTCREATEDPAYLOAD']._serialized_start=61
-  _globals['_TENANTCREATEDPAYLOAD']._serialized_end=116
-  _globals['_USERREGISTEREDPAYLOAD']._serialized_start=118
-  _globals['_USERREGISTEREDPAYLOAD']._serialized_end=190
+  _globals['_TENANTCREATEDPAYLOAD']._serialized_start=94
+  _globals['_TENANTCREATEDPAYLOAD']._serialized_end=149
+  _globals['_USERREGISTEREDPAYLOAD']._serialized_start=151
+  _globals['_USERREGISTEREDPAYLOAD']._serialized_end=223
+  _globals['_USERCREATEDPAYLOAD']._serialized_start=225
+  _globals['_USERCREATEDPAYLOAD']._serialized_end=294
+  _globals['_USERROLECHANGEDPAYLOAD']._serialized_start=296
+  _globals['_USERROLECHANGEDPAYLOAD']._serialized_end=373
+  _globals['_USERDEACTIVATEDPAYLOAD']._serialized_start=375
+  _globals['_USERDEACTIVATEDPAYLOAD']._serialized_end=416
+  _globals['_TOKENCREATEDPAYLOAD']._serialized_start=419
+  _globals['_TOKENCREATEDPAYLOAD']._serialized_end=553
+  _globals['_TOKENROTATEDPAYLOAD']._serialized_start=555
+  _globals['_TOKENROTATEDPAYLOAD']._serialized_end=632
+  _globals['_TOKENREVOKEDPAYLOAD']._serialized_start=634
+  _globals['_TOKENREVOKEDPAYLOAD']._serialized_end=706
 # @@protoc_insertion_point(module_scope)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$voicehelper/proto/notification.proto\x12\x1bvoicehelper.notification.v1\"j\n\x1aNotificationCreatedPayload\x12\x17\n\x0fnotification_id\x18\x01 \x01(\t\x12\x14\n\x0crecipient_id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$voicehelper/proto/notification.proto\x12\x1bvoicehelper.notification.v1\"j\n\x1aNotificationCreatedPayload\x12\x17\n\x0fnotification_id\x18\x01 \x01(\t\x12\x14\n\x0crecipient_id\x18\x02 \x01(\t\x12\x0c\n\x04kind\x18\x03 \x01(\t\x12\x0f\n\x07subject\x18\x04 \x01(\t\"y\n\x17NotificationSentPayload\x12\x17\n\x0fnotification_id\x18\x01 \x01(\t\x12\x14\n\x0crecipient_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\x05\"\x8a\x01\n\x19NotificationFailedPayload\x12\x17\n\x0fnotification_id\x18\x01 \x01(\t\x12\x14\n\x0crecipient_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63hannel\x18\x03 \x01(\t\x12\x0c\n\x04kind\x18\x04 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x05 \x01(\x05\x12\r\n\x05\x65rror\x18\x06 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,4 +33,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NOTIFICATIONCREATEDPAYLOAD']._serialized_start=69
   _globals['_NOTIFICATIONCREATEDPAYLOAD']._serialized_end=175
+  _globals['_NOTIFICATIONSENTPAYLOAD']._serialized_start=177
+  _globals['_NOTIFICATIONSENTPAYLOAD']._serialized_end=298
+  _globals['_NOTIFICATIONFAILEDPAYLOAD']._serialized_start=301
+  _globals['_NOTIFICATIONFAILEDPAYLOAD']._serialized_end=439
 # @@protoc_insertion_point(module_scope)
