@@ -16,7 +16,7 @@ NO_SERVICES := DATABASE_URL=postgresql://127.0.0.1:1/unused KAFKA_BOOTSTRAP_SERV
 IS_3_11 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 
 .DEFAULT_GOAL := help
-.PHONY: help up test soak bench screenshots coverage lint format proto proto-check dashboards requirements clean
+.PHONY: help up test soak bench screenshots coverage lint audit format proto proto-check dashboards requirements clean
 
 help: ## list what there is
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -46,11 +46,15 @@ coverage: $(INSTALLED) ## the test suite with branch coverage (of the test proce
 lint: $(INSTALLED) proto-check ## style, types, generated code, migrations, deployment checks
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/bandit -q -c pyproject.toml -r events_outbox monitoring voicehelper manage.py
 	$(NO_SERVICES) .venv/bin/mypy
 	$(NO_SERVICES) $(VENV_PYTHON) -W ignore::RuntimeWarning manage.py makemigrations --check --dry-run
 	$(NO_SERVICES) VOICEHELPER_ENV=prod DJANGO_ALLOWED_HOSTS=example.org \
 	    DJANGO_SECRET_KEY="$$($(VENV_PYTHON) -c 'import secrets; print(secrets.token_urlsafe(64))')" \
 	    $(VENV_PYTHON) manage.py check --deploy --fail-level WARNING
+
+audit: $(INSTALLED) ## known vulnerabilities of the pinned packages; asks the package index's advisories, so it needs one that has them
+	.venv/bin/pip-audit --disable-pip --no-deps --strict -r requirements.txt -r requirements-dev.txt
 
 format: $(INSTALLED) ## put the code into shape
 	.venv/bin/ruff check --fix .
