@@ -41,6 +41,7 @@ INSTALLED_APPS = [
     "events_outbox",
     "voicehelper",
     "voicehelper.identity",
+    "voicehelper.idempotency",
     "voicehelper.conversations",
     "voicehelper.knowledge",
     "voicehelper.notifications",

@@ -13,6 +13,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from voicehelper.idempotency.once import once
 from voicehelper.identity.permissions import member_of
 from voicehelper.pagination import ByPosition
 
@@ -51,6 +52,7 @@ class ConversationsView(generics.ListAPIView[Conversation]):
     def get_queryset(self) -> QuerySet[Conversation]:
         return Conversation.objects.for_tenant(member_of(self.request).own_tenant_id)
 
+    @once
     def post(self, request: Request) -> Response:
         new = NewConversation(data=request.data)
         new.is_valid(raise_exception=True)
@@ -70,6 +72,7 @@ class ConversationView(generics.RetrieveAPIView[Conversation]):
 class CompleteConversationView(APIView):
     """POST that a conversation has done what it was opened for; 409 when it has ended."""
 
+    @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             conversation = complete_conversation(user=member_of(request), conversation_id=pk)
@@ -79,6 +82,7 @@ class CompleteConversationView(APIView):
 class FailConversationView(APIView):
     """POST that a conversation has ended without success; 409 when it has ended."""
 
+    @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             conversation = fail_conversation(user=member_of(request), conversation_id=pk)
@@ -99,6 +103,7 @@ class ConversationMessagesView(generics.ListAPIView[Message]):
 class MessagesView(APIView):
     """POST a message to a conversation; 409 when it has ended."""
 
+    @once
     def post(self, request: Request) -> Response:
         new = NewMessage(data=request.data)
         new.is_valid(raise_exception=True)
