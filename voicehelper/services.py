@@ -20,6 +20,7 @@ class Services:
     database_url: str = ""
     kafka_bootstrap_servers: str = ""
     kafka_is_embedded: bool = False
+    web_url: str = "http://127.0.0.1:8000"
 
 
 def find_services() -> Services:
@@ -38,6 +39,7 @@ def find_services() -> Services:
         database_url=os.environ.get("DATABASE_URL") or written.database_url,
         kafka_bootstrap_servers=from_environment or written.kafka_bootstrap_servers,
         kafka_is_embedded=not from_environment and written.kafka_is_embedded,
+        web_url=written.web_url,
     )
 
 

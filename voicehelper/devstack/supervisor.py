@@ -203,6 +203,7 @@ class Supervisor:
                 if self.broker
                 else os.environ["KAFKA_BOOTSTRAP_SERVERS"],
                 kafka_is_embedded=isinstance(self.broker, EmbeddedBroker),
+                web_url=f"http://{HOST}:{self.ports.web}",
             )
         )
         self.web.start()  # it takes its seconds to import everything; nobody knows its address yet
