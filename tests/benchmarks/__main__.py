@@ -27,6 +27,7 @@ PARTS = (
     "consumer",
     "monitoring",
     "admin",
+    "service",
     "claims",
 )
 

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from types import MappingProxyType
@@ -56,6 +56,7 @@ class Scale:
     requests: int = 5_000
     series: int = 10_000
     admin_rows: int = 10_000_000
+    service_seconds: int = 10
 
 
 FULL = Scale()
@@ -81,6 +82,7 @@ QUICK = Scale(
     requests=200,
     series=1_000,
     admin_rows=300_000,
+    service_seconds=2,
 )
 
 
@@ -153,8 +155,19 @@ class Bench:
             yield psutil.Process(process.pid)
 
     @contextmanager
-    def _deployed(self, url: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-        command = [sys.executable, "manage.py", *arguments]
+    def web_server(self, url: str, **environment: str) -> Iterator[psutil.Process]:
+        """gunicorn as it is deployed."""
+        gunicorn = ["-m", "gunicorn", "--config=voicehelper/gunicorn.conf.py", "voicehelper.wsgi"]
+        with self._running([sys.executable, *gunicorn], url, **environment) as process:
+            yield psutil.Process(process.pid)
+
+    def _deployed(
+        self, url: str, *arguments: str, **environment: str
+    ) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        return self._running([sys.executable, "manage.py", *arguments], url, **environment)
+
+    @contextmanager
+    def _running(self, command: Sequence[str], url: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
         log = self.services.log
         environment = {**self._environment(url), **environment}
         process = subprocess.Popen(command, cwd=BASE_DIR, env=environment, stdout=log, stderr=log)

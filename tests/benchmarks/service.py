@@ -1,0 +1,127 @@
+"""What reliability costs: `POST /messages` with and without the outbox, under gunicorn."""
+
+import http.client
+import json
+import random
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.benchmarks.bench import Bench, wait_until
+from tests.benchmarks.report import Row, median_and_spread, number, percentile
+from tests.services import free_ports
+
+CLIENTS = 8
+CONVERSATIONS = 64
+"""The messages of one conversation wait for each other: enough of them that clients seldom meet."""
+SETTINGS = {"with": "voicehelper.settings", "without": "tests.benchmarks.without_outbox"}
+
+
+def run(bench: Bench) -> list[Row]:
+    seconds = bench.scale.service_seconds
+    with bench.database() as outbox, bench.relay(outbox.url):
+        people = bench.call(prepare, url=outbox.url)
+        with _server(bench, outbox.url, "with") as ours, _server(bench, outbox.url, "without") as bare:
+
+            def sent_to(server: str, seconds: float) -> Any:
+                return bench.call(send, url=outbox.url, server=server, seconds=seconds, **people)
+
+            for server in (ours, bare):
+                sent_to(server, 1)  # each worker imports it all
+            rounds: list[dict[str, Any]] = []
+            for turn in range(bench.scale.rounds):
+                turns = [("with", ours), ("without", bare)]
+                if turn % 2:
+                    turns.reverse()
+                rounds.append({name: sent_to(server, seconds) for name, server in turns})
+        emitted = outbox.connection.execute("SELECT count(*) FROM events_outbox_outboxevent").fetchall()[0][0]
+    sent = sum(each["with"]["count"] for each in rounds)
+    if emitted < sent:
+        raise RuntimeError(f"{emitted} events for {sent} messages")
+    rates = {name: [each[name]["count"] / seconds for each in rounds] for name in SETTINGS}
+    p95 = {name: statistics.median(percentile(each[name]["times"], 0.95) * 1e3 for each in rounds) for name in SETTINGS}
+    ratio, spread = median_and_spread([with_ / without for with_, without in zip(*rates.values(), strict=True)])
+    bare_rate = number(statistics.median(rates["without"]))
+    return [
+        Row(
+            measure="POST /messages under gunicorn, requests a second: with the outbox / without",
+            value=ratio,
+            unit="x",
+            must=">= 0.9",
+            baseline=f"the same without emit_event(), {bare_rate} requests/s, P95 {number(p95['without'])} ms",
+            detail=f"{spread}; {number(statistics.median(rates['with']))} requests/s by {CLIENTS} clients, a relay "
+            f"beside them, {seconds} s a run",
+        ),
+        Row(measure="POST /messages with the outbox, P95", value=p95["with"], unit="ms", detail="of the same runs"),
+    ]
+
+
+@contextmanager
+def _server(bench: Bench, database: str, which: str) -> Iterator[str]:
+    (port,) = free_ports(1)
+    environment = {"DJANGO_SETTINGS_MODULE": SETTINGS[which], "WEB_PORT": str(port)}
+    with bench.web_server(database, **environment):
+        url = f"http://127.0.0.1:{port}"
+        wait_until(lambda: _is_ready(url))
+        yield url
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=5)
+        connection.request("GET", "/readyz")
+        return connection.getresponse().status == 200
+    except OSError:
+        return False
+
+
+# Jobs
+
+
+def prepare() -> dict[str, Any]:
+    """Job: somebody with conversations to write to."""
+    from rest_framework.authtoken.models import Token
+
+    from voicehelper.conversations.services import create_conversation
+    from voicehelper.identity.services import create_tenant, register_user
+
+    user = register_user(tenant=create_tenant(name="Bench"), username="alice", password="correct horse battery")
+    conversations = [str(create_conversation(user=user, title="Bench").id) for _ in range(CONVERSATIONS)]
+    return {"token": Token.objects.create(user=user).key, "conversations": conversations}
+
+
+def send(server: str, seconds: float, token: str, conversations: list[str]) -> dict[str, Any]:
+    """Job: how many messages were accepted within so many seconds, and the seconds that each took."""
+    ends_at = time.monotonic() + seconds
+    times: list[float] = []
+    failed: list[str] = []
+
+    def client(which: int) -> None:
+        chance = random.Random(which)
+        connection = http.client.HTTPConnection(urlsplit(server).netloc, timeout=30)
+        headers = {"Authorization": f"Token {token}", "Content-Type": "application/json"}
+        while time.monotonic() < ends_at:
+            body = json.dumps(
+                {"conversation_id": chance.choice(conversations), "content": "What is the answer to this?"}
+            )
+            started = time.perf_counter()
+            connection.request("POST", "/api/v1/messages", body, headers)
+            answer = connection.getresponse()
+            text = answer.read()
+            times.append(time.perf_counter() - started)
+            if answer.status != 201:
+                failed.append(f"{answer.status} {text[:200]!r}")
+                return
+
+    threads = [threading.Thread(target=client, args=(which,)) for which in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise RuntimeError(failed[0])
+    return {"count": len(times), "times": times}
