@@ -16,6 +16,7 @@ from .providers import FailureReason, Prompt, Provider, ProviderFailed, Usage, a
 REPLY_MAX_CHARS = 32_000
 """A longer reply is cut there, and the provider stopped."""
 RETRY_DELAY_MAX_SECONDS = 8.0
+_random = random.SystemRandom()
 
 
 class Signal(Enum):
@@ -69,7 +70,7 @@ def _delay_seconds(number: int, failure: ProviderFailed, settings: AssistantSett
     delay = min(settings.retry_delay_seconds * 2 ** (number - 1), RETRY_DELAY_MAX_SECONDS)
     # At least half of it: a provider in trouble is not to be asked at once. Jitter also on top of a Retry-After, which
     # everybody who was refused has got alike.
-    jittered: float = delay * random.uniform(0.5, 1)  # noqa: S311 no secret
+    jittered: float = delay * _random.uniform(0.5, 1)
     return failure.retry_after_seconds + jittered
 
 

@@ -86,6 +86,14 @@ def reply_to(*, user: User, reply: Reply) -> Generator[str | Signal | Message, N
             abandon_reply(reply=reply)
 
 
+def whole_reply(*, user: User, reply: Reply) -> Message:
+    """Carry out a reply that has begun, and return the stored message. Raises what `reply_to()` raises."""
+    for piece in reply_to(user=user, reply=reply):
+        if isinstance(piece, Message):
+            return piece
+    raise AssertionError("unreachable")
+
+
 class EventStream:
     """A reply as server-sent events (WHATWG HTML): `token`, `restart`, `message`, `error`; for a streaming response.
 

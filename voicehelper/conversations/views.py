@@ -20,7 +20,7 @@ from voicehelper.identity.permissions import member_of
 from voicehelper.pagination import ByPosition
 
 from .models import Conversation, Message
-from .replies import ENDED, FAILURES, LOST, EventStream, reply_to
+from .replies import ENDED, FAILURES, LOST, EventStream, whole_reply
 from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage
 from .services import (
     ConversationEnded,
@@ -155,8 +155,7 @@ class RepliesView(APIView):
         with refusals():
             reply = begin_reply(user=user, conversation_id=pk)
             if request.accepted_renderer.format == JSONRenderer.format:
-                *_, message = reply_to(user=user, reply=reply)
-                assert isinstance(message, Message)  # noqa: S101 for the type checker
+                message = whole_reply(user=user, reply=reply)
                 return Response(MessageSerializer(message).data, status=status.HTTP_201_CREATED)
         return StreamingHttpResponse(
             EventStream(user=user, reply=reply, path=request.path),
