@@ -1,6 +1,5 @@
 """The provider for whatever speaks OpenAI's chat completions: OpenAI, vLLM, Ollama, llama.cpp, gateways, ..."""
 
-import logging
 import ssl
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -17,9 +16,6 @@ from .providers import FailureReason, Prompt, ProviderFailed, Usage
 
 CONNECT_SECONDS = 5.0
 _TRANSIENT = frozenset({408, 409, 425, 429})
-
-# At DEBUG it logs what is asked, word by word.
-logging.getLogger("openai").setLevel(logging.INFO)
 
 
 class OpenAICompatible:
