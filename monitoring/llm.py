@@ -185,21 +185,39 @@ class LlmRequest:
             _count_cost(self._labels, cost, self._tenant_id)
 
     def _cost_of_tokens(self) -> float | None:
-        # A deployment may have a name of its own: then the model that answered tells.
-        price = price_of(self._model) or price_of(self._response_model)
-        if price is None:
+        cost = cost_of(
+            self._model,
+            self._response_model,
+            input_tokens=self._input_tokens,
+            output_tokens=self._output_tokens,
+            cached_input_tokens=self._cached_input_tokens,
+        )
+        if cost is None:
             LLM_UNPRICED.labels(*self._labels).inc()
             if self._labels[0] not in _unpriced:
                 _unpriced.add(self._labels[0])
                 logger.warning("LLM_PRICES has no price for the model %r: its cost is not counted", self._labels[0])
-            return None
-        cached = min(self._cached_input_tokens, self._input_tokens)
-        dollars = (
-            (self._input_tokens - cached) * price["input"]
-            + cached * price.get("cached_input", price["input"])
-            + self._output_tokens * price["output"]
-        )
-        return dollars / 1_000_000
+        return cost
+
+
+def cost_of(
+    model: str, response_model: str = "", *, input_tokens: int, output_tokens: int, cached_input_tokens: int = 0
+) -> float | None:
+    """Return what a request costs by LLM_PRICES, in dollars; None where it has no price.
+
+    `response_model`: the model that answered; its price is taken where the one that was asked has none, as a deployment
+    with a name of its own. `cached_input_tokens`: those of the input tokens that the provider had in its cache.
+    """
+    price = price_of(model) or price_of(response_model)
+    if price is None:
+        return None
+    cached = min(cached_input_tokens, input_tokens)
+    dollars = (
+        (input_tokens - cached) * price["input"]
+        + cached * price.get("cached_input", price["input"])
+        + output_tokens * price["output"]
+    )
+    return dollars / 1_000_000
 
 
 def price_of(model: str) -> Mapping[str, float] | None:

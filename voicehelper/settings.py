@@ -6,6 +6,7 @@ from typing import Any
 import dj_database_url
 from django.templatetags.static import static
 
+from voicehelper.assistant.conf import assistant_settings, llm_prices
 from voicehelper.kafka_security import kafka_security
 from voicehelper.services import BASE_DIR, find_services
 
@@ -185,6 +186,9 @@ MONITORING: dict[str, Any] = {
     # keep_failed | ratio | collector; where spans go and how many: the standard OTEL_* variables.
     "SAMPLING_MODE": os.environ.get("SAMPLING_MODE", "keep_failed"),
 }
+MONITORING["LLM_PRICES"] = llm_prices(os.environ)
+# Who answers in conversations: docs/assistant.md.
+ASSISTANT = assistant_settings(os.environ)
 # For the admin: figures over time, and links to traces.
 MONITORING["PROMETHEUS_URL"] = os.environ.get("PROMETHEUS_URL", "")
 MONITORING["JAEGER_URL"] = os.environ.get("JAEGER_URL", "")

@@ -16,7 +16,9 @@ class ConversationQuerySet(models.QuerySet["Conversation"]):
 class Conversation(models.Model):
     """A thread of messages that a user opened. Everybody in the tenant may read it, write to it and end it.
 
-    It is active until it ends, once, as completed or failed; `ended_at` is None so long.
+    It is active until it ends, once, as completed or failed; `ended_at` is None so long. `failure_reason` is empty when
+    a person ended it. While the assistant replies, `reply_id` names that reply until `reply_until`: one that has not
+    been prolonged by then is dead.
     """
 
     class Mode(models.TextChoices):
@@ -44,6 +46,9 @@ class Conversation(models.Model):
     created_at = models.DateTimeField(auto_now_add=True)
     updated_at = models.DateTimeField(auto_now=True)
     ended_at = models.DateTimeField(null=True, blank=True)
+    failure_reason = models.CharField(max_length=50, blank=True, default="", db_default="")
+    reply_id = models.UUIDField(null=True, blank=True)
+    reply_until = models.DateTimeField(null=True, blank=True)
 
     objects = ConversationQuerySet.as_manager()
 
@@ -71,7 +76,12 @@ class Conversation(models.Model):
 
 
 class Message(models.Model):
-    """One message. `position` counts from 1 within the conversation, without gaps."""
+    """One message. `position` counts from 1 within the conversation, without gaps.
+
+    One that was spoken has a `duration_ms`, and its content is the transcript. A reply of the assistant `answers` a
+    message, once, and says what it took: `cost_dollars` is None where the model has no price, `latency_seconds` is from
+    the question to the end of the reply. All of these are None, or empty, for other messages.
+    """
 
     class Role(models.TextChoices):
         USER = "user"
@@ -79,6 +89,7 @@ class Message(models.Model):
         SYSTEM = "system"
 
     CONTENT_MAX_CHARS = 32_000
+    DURATION_MAX_MS = 3_600_000
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     # No index of its own: the constraint below begins with it.
@@ -89,10 +100,25 @@ class Message(models.Model):
     role = models.CharField(max_length=20, choices=Role.choices, default=Role.USER)
     content = models.TextField()
     created_at = models.DateTimeField(auto_now_add=True)
+    duration_ms = models.PositiveIntegerField(null=True, blank=True)
+    # No index of its own: the constraint below is one, of the replies alone.
+    answers = models.ForeignKey(
+        "self", on_delete=models.PROTECT, null=True, blank=True, related_name="replies", db_index=False
+    )
+    model = models.CharField(max_length=100, blank=True, default="", db_default="")
+    input_tokens = models.PositiveIntegerField(null=True, blank=True)
+    output_tokens = models.PositiveIntegerField(null=True, blank=True)
+    cost_dollars = models.FloatField(null=True, blank=True)
+    latency_seconds = models.FloatField(null=True, blank=True)
 
     class Meta:
         ordering = ["conversation", "position"]
-        constraints = [models.UniqueConstraint(fields=["conversation", "position"], name="message_position")]
+        constraints = [
+            models.UniqueConstraint(fields=["conversation", "position"], name="message_position"),
+            models.UniqueConstraint(
+                fields=["answers"], condition=models.Q(answers__isnull=False), name="message_answered_once"
+            ),
+        ]
 
     def __str__(self) -> str:
         return f"{self.role} {self.position}"

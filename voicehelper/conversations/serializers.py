@@ -16,6 +16,8 @@ class NewMessage(serializers.Serializer[Any]):
     conversation_id = serializers.UUIDField()
     content = serializers.CharField(max_length=Message.CONTENT_MAX_CHARS, trim_whitespace=False)
     role = serializers.ChoiceField(choices=Message.Role.choices, default=Message.Role.USER)
+    # Of a message that was spoken: `content` is its transcript.
+    duration_ms = serializers.IntegerField(min_value=1, max_value=Message.DURATION_MAX_MS, required=False)
 
 
 class ConversationSerializer(serializers.ModelSerializer[Conversation]):
@@ -23,7 +25,10 @@ class ConversationSerializer(serializers.ModelSerializer[Conversation]):
 
     class Meta:
         model = Conversation
-        fields = ["id", "title", "mode", "status", "user_id", "message_count", "created_at", "updated_at", "ended_at"]
+        fields = [
+            *("id", "title", "mode", "status", "user_id", "message_count", "created_at", "updated_at", "ended_at"),
+            "failure_reason",
+        ]
 
 
 class MessageSerializer(serializers.ModelSerializer[Message]):
@@ -32,4 +37,7 @@ class MessageSerializer(serializers.ModelSerializer[Message]):
 
     class Meta:
         model = Message
-        fields = ["id", "conversation_id", "user_id", "position", "role", "content", "created_at"]
+        fields = [
+            *("id", "conversation_id", "user_id", "position", "role", "content", "duration_ms", "created_at"),
+            *("model", "input_tokens", "output_tokens", "cost_dollars", "latency_seconds"),
+        ]

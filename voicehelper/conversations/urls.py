@@ -7,6 +7,7 @@ from .views import (
     ConversationView,
     FailConversationView,
     MessagesView,
+    RepliesView,
 )
 
 urlpatterns = [
@@ -15,5 +16,6 @@ urlpatterns = [
     path("conversations/<uuid:pk>/complete", CompleteConversationView.as_view()),
     path("conversations/<uuid:pk>/fail", FailConversationView.as_view()),
     path("conversations/<uuid:pk>/messages", ConversationMessagesView.as_view()),
+    path("conversations/<uuid:pk>/replies", RepliesView.as_view()),
     path("messages", MessagesView.as_view()),
 ]

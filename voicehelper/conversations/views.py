@@ -5,22 +5,31 @@ from contextlib import contextmanager
 from uuid import UUID
 
 from django.db.models import QuerySet
-from django.http import Http404
+from django.http import Http404, StreamingHttpResponse
+from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404
 from rest_framework import generics, status
-from rest_framework.exceptions import APIException
+from rest_framework.exceptions import APIException, ValidationError
+from rest_framework.renderers import JSONRenderer
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from voicehelper.assistant.providers import ProviderFailed
 from voicehelper.idempotency.once import once
 from voicehelper.identity.permissions import member_of
 from voicehelper.pagination import ByPosition
 
 from .models import Conversation, Message
+from .replies import ENDED, FAILURES, LOST, EventStream, whole_reply
 from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage
 from .services import (
     ConversationEnded,
+    NothingToAnswer,
+    NotSpoken,
+    ReplyInProgress,
+    ReplyLost,
+    begin_reply,
     complete_conversation,
     create_conversation,
     fail_conversation,
@@ -28,9 +37,16 @@ from .services import (
 )
 
 
-class HasEnded(APIException):
+class Conflict(APIException):
     status_code = status.HTTP_409_CONFLICT
-    default_detail = "The conversation has ended."
+
+
+class ModelFailed(APIException):
+    """The language model was given up, and the conversation has failed."""
+
+    def __init__(self, failure: ProviderFailed) -> None:
+        self.status_code, detail = FAILURES[failure.reason]
+        super().__init__(detail)
 
 
 @contextmanager
@@ -41,7 +57,17 @@ def refusals() -> Iterator[None]:
     except Conversation.DoesNotExist as error:
         raise Http404("No such conversation.") from error
     except ConversationEnded as error:
-        raise HasEnded from error
+        raise Conflict(ENDED) from error
+    except ReplyInProgress as error:
+        raise Conflict("The assistant is replying already.") from error
+    except NothingToAnswer as error:
+        raise Conflict("There is no message of a user to reply to.") from error
+    except ReplyLost as error:
+        raise Conflict(LOST) from error
+    except ProviderFailed as failure:
+        raise ModelFailed(failure) from failure
+    except NotSpoken as error:
+        raise ValidationError({"duration_ms": ["Only messages of a voice conversation have a duration."]}) from error
 
 
 class ConversationsView(generics.ListAPIView[Conversation]):
@@ -110,3 +136,35 @@ class MessagesView(APIView):
         with refusals():
             message = send_message(user=member_of(request), **new.validated_data)
         return Response(MessageSerializer(message).data, status=status.HTTP_201_CREATED)
+
+
+class EventStreamRenderer(JSONRenderer):
+    """For content negotiation alone: a problem is JSON all the same, and an event stream renders itself."""
+
+    media_type = "text/event-stream"
+    format = "event-stream"
+
+
+class RepliesView(APIView):
+    """POST: the assistant replies to the last message of a user, as server-sent events, or as JSON if asked for.
+
+    409 when the conversation has ended, when the assistant is replying in it already, and when nothing is unanswered.
+    As JSON: 201 with the stored message; 502, 503, 504 when the language model was given up, and the conversation
+    has failed. The events: see `replies.EventStream`.
+    """
+
+    renderer_classes = [EventStreamRenderer, JSONRenderer]
+
+    def post(self, request: Request, pk: UUID) -> HttpResponseBase:
+        user = member_of(request)
+        with refusals():
+            reply = begin_reply(user=user, conversation_id=pk)
+            if request.accepted_renderer.format == JSONRenderer.format:
+                message = whole_reply(user=user, reply=reply)
+                return Response(MessageSerializer(message).data, status=status.HTTP_201_CREATED)
+        return StreamingHttpResponse(
+            EventStream(user=user, reply=reply, path=request.path),
+            content_type=EventStreamRenderer.media_type,
+            # The last one asks nginx to pass on each event as it comes.
+            headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+        )

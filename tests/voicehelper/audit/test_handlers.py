@@ -51,6 +51,7 @@ def test_the_end_of_a_conversation_is_recorded(bob):
     complete_conversation(user=bob, conversation_id=conversation.id)
     consume("audit")
     entry = AuditEntry.objects.get(event_type="conversation.completed")
+    assert entry.payload.pop("duration_seconds") > 0
     assert entry.payload == {"conversation_id": str(conversation.id), "mode": "chat", "message_count": 0}
 
 

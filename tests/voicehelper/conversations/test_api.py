@@ -37,7 +37,7 @@ def test_create_and_read_a_conversation(api, alice, bob, emitted):
     assert answer.status_code == 201
     body = answer.json()
     assert (body["title"], body["mode"], body["message_count"]) == ("Roadmap", "workflow", 0)
-    assert (body["status"], body["ended_at"]) == ("active", None)
+    assert (body["status"], body["ended_at"], body["failure_reason"]) == ("active", None, "")
     assert body["user_id"] == str(bob.id)
     assert uuid.UUID(body["id"]).version == 7
     assert len(emitted("conversation.created")) == 1
@@ -148,6 +148,8 @@ def test_a_conversation_that_is_not_valid(api, bob, body, field):
         ({"content": "a\udc00b"}, "content"),
         ({"role": "owner"}, "role"),
         ({"role": "\ud800"}, "role"),
+        ({"duration_ms": 100}, "duration_ms"),  # in a chat
+        ({"duration_ms": "long"}, "duration_ms"),
         ({"conversation_id": "nonsense"}, "conversation_id"),
         ({"conversation_id": "\ud800"}, "conversation_id"),
         ({"conversation_id": 10**40}, "conversation_id"),
@@ -159,6 +161,18 @@ def test_a_message_that_is_not_valid(api, bob, conversation, change, field):
     problem = assert_problem(answer, 400)
     assert list(problem["errors"]) == [field]
     assert not Message.objects.exists()
+
+
+def test_a_spoken_message(api, bob):
+    conversation = create_conversation(user=bob, title="Roadmap", mode="voice")
+    new = {"conversation_id": conversation.id, "content": "The transcript", "duration_ms": 1_250}
+    sent = api(bob).post(MESSAGES, new, format="json")
+    assert (sent.status_code, sent.json()["duration_ms"]) == (201, 1_250)
+    assert api(bob).get(f"{CONVERSATIONS}/{conversation.id}/messages").json()["results"] == [sent.json()]
+    for wrong in (0, -1, 3_600_001, 1.5, True, None, "", [], 10**30):
+        problem = assert_problem(api(bob).post(MESSAGES, {**new, "duration_ms": wrong}, format="json"), 400)
+        assert list(problem["errors"]) == ["duration_ms"]
+    assert Message.objects.count() == 1
 
 
 def test_the_longest_texts_are_kept_whole(api, bob, emitted):

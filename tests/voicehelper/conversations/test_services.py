@@ -7,6 +7,7 @@ from events_outbox.models import OutboxEvent
 from voicehelper.conversations.models import Conversation, Message
 from voicehelper.conversations.services import (
     ConversationEnded,
+    NotSpoken,
     complete_conversation,
     create_conversation,
     fail_conversation,
@@ -38,9 +39,22 @@ def test_send_message_emits_the_fact(alice, bob, emitted):
     assert event.payload.message_id == str(message.id)
     assert (event.payload.role, event.payload.mode) == ("assistant", "voice")
     assert (event.payload.content, event.payload.content_length) == ("Grüße 👋", 7)
+    assert (event.payload.model, event.payload.output_tokens, event.payload.cost_dollars) == ("", 0, 0)
     conversation.refresh_from_db()
     assert conversation.message_count == message.position == 1
     assert conversation.updated_at > updated_before
+
+
+def test_a_spoken_message(bob):
+    conversation = create_conversation(user=bob, title="Roadmap", mode="voice")
+    spoken = send_message(user=bob, conversation_id=conversation.id, content="Hello", duration_ms=1_250)
+    typed = send_message(user=bob, conversation_id=conversation.id, content="Hello")
+    assert (spoken.duration_ms, typed.duration_ms) == (1_250, None)
+    chat = create_conversation(user=bob, title="Roadmap")
+    with pytest.raises(NotSpoken, match="chat, not voice"):
+        send_message(user=bob, conversation_id=chat.id, content="Hello", duration_ms=1_250)
+    chat.refresh_from_db()
+    assert (chat.message_count, chat.messages.count()) == (0, 0)
 
 
 def test_a_rolled_back_write_emits_nothing(bob):
@@ -115,6 +129,10 @@ def test_ending_a_conversation_emits_the_fact(alice, bob, emitted, status, end):
     assert event.aggregate_id == event.payload.conversation_id == str(conversation.id)
     assert (event.tenant_id, event.user_id) == (str(alice.tenant_id), str(alice.id))
     assert (event.payload.mode, event.payload.message_count) == ("voice", 1)
+    lasted = conversation.ended_at - conversation.created_at
+    assert event.payload.duration_seconds == pytest.approx(lasted.total_seconds()) and lasted.total_seconds() > 0
+    # A person has ended it, and need not say why.
+    assert getattr(event.payload, "reason", "") == conversation.failure_reason == ""
     assert event.metadata == {"source": "conversation-service"}
 
 

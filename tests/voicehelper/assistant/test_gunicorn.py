@@ -1,0 +1,104 @@
+"""A streamed reply as it is served: gunicorn with its threads, a client over TCP, a provider that takes its time."""
+
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+
+import httpx
+import psycopg
+import pytest
+from django.db import connection
+from rest_framework.authtoken.models import Token
+
+from tests.monitoring.conftest import answers, free_port, get, sample, wait_until
+from voicehelper.conversations.models import Conversation
+from voicehelper.services import BASE_DIR
+
+from .events import events
+from .llm_server import hangs, says, says_and_waits
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+
+@pytest.fixture
+def database_url(db):
+    return os.environ["DATABASE_URL"].rpartition("/")[0] + f"/{connection.settings_dict['NAME']}"
+
+
+@pytest.fixture
+def web(tmp_path, server, database_url):
+    """The address of the web server: one worker, two threads."""
+    port = free_port()
+    environment = {
+        **os.environ,
+        "DATABASE_URL": database_url,
+        "DATABASE_CONN_MAX_AGE_SECONDS": "0",
+        "VOICEHELPER_DATA_DIR": str(tmp_path),
+        "WEB_PORT": str(port),
+        "WEB_CONCURRENCY": "1",
+        "WEB_THREADS": "2",
+        "LLM_BASE_URL": server.url,
+        "LLM_SIMPLE_MODEL": "gpt-4o-mini",
+        "LLM_MAX_ATTEMPTS": "1",
+        "LOG_FORMAT": "json",
+    }
+    command = [sys.executable, "-m", "gunicorn", "-c", "voicehelper/gunicorn.conf.py"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=BASE_DIR, env=environment, stdout=log, stderr=log)
+    with process:
+        try:
+            address = f"http://127.0.0.1:{port}"
+            wait_until(lambda: answers(f"{address}/livez") or process.poll() is not None, seconds=60)
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            yield address
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+@contextmanager
+def replying(web, user, conversation):
+    headers = {"Authorization": f"Token {Token.objects.get_or_create(user=user)[0].key}"}
+    url = f"{web}/api/v1/conversations/{conversation.id}/replies"
+    with httpx.stream("POST", url, headers=headers, timeout=20) as response:
+        yield response
+
+
+def test_the_first_word_is_there_before_the_last_is_said(web, server, bob, conversation, database_url):
+    server.acts = [says_and_waits("On ", then=("Friday.",))]
+    with replying(web, bob, conversation) as response:
+        assert response.headers["Content-Type"] == "text/event-stream"
+        got = (one for one in events(response.iter_lines()) if one[0] != ":")
+        assert next(got) == ("token", {"text": "On "})
+        assert not server.may_go_on.is_set()
+        with psycopg.connect(database_url) as session:
+            states = session.execute(
+                "SELECT state FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+            ).fetchall()
+        assert states and {state for (state,) in states} == {"idle"}  # no transaction is open
+        server.may_go_on.set()
+        assert next(got) == ("token", {"text": "Friday."})
+        name, message = next(got)
+        assert (name, message["content"]) == ("message", "On Friday.")
+        assert list(got) == []
+    text = get(f"{web}/metrics").text
+    assert sample(text, "llm_tokens_used_total", model="gpt-4o-mini", token_type="output") == 30
+    path = "/api/v1/conversations/<uuid:pk>/replies"
+    wait_until(lambda: sample(get(f"{web}/metrics").text, "http_requests_total", path=path, status="200") == 1)
+
+
+@pytest.mark.parametrize("act", [says_and_waits("On "), hangs])
+def test_a_client_that_goes_away_is_noticed(web, server, bob, conversation, act):
+    server.acts = [act, says("Hello")]
+    with replying(web, bob, conversation) as response:
+        next(response.iter_bytes())
+        wait_until(lambda: server.asked)
+    assert server.asked[0].gone.wait(10)
+    wait_until(lambda: Conversation.objects.get().reply_id is None)
+    with replying(web, bob, conversation) as response:
+        assert [name for name, _ in events(response.iter_lines()) if name != ":"] == ["token", "message"]
