@@ -29,7 +29,8 @@ Heads = dict[str, tuple[int, str]]
 """Tenant -> position and hash of its last entry."""
 
 
-@transaction.atomic
+# Without a savepoint: the batch is one transaction, and all of it is done again when this raises.
+@transaction.atomic(savepoint=False)
 def append_entries(*, events: Sequence[Event]) -> int:
     """Append events to the chains of their tenants, in their order; return how many were not in the log already."""
     entries = [_entry(event) for event in {event.event_id: event for event in events}.values()]
