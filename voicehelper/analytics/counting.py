@@ -2,7 +2,6 @@
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date
 from decimal import Decimal
@@ -71,14 +70,6 @@ class Counts(dict[TotalKey, Count]):
         key = _key(event, payload.mode)
         self[key][name] += 1
         return key
-
-
-def counted(events: Iterable[Event]) -> Counts:
-    """Count events. Raises PermanentEventError as `Counts.add()` does."""
-    counts = Counts()
-    for event in events:
-        counts.add(event)
-    return counts
 
 
 def _key(event: Event, mode: str, model: str = "") -> TotalKey:
