@@ -174,7 +174,10 @@ def _number(value: int | float) -> str:
     if isinstance(value, int):
         if -_EXACT_INTEGERS <= value <= _EXACT_INTEGERS:
             return str(value)
-        value = float(value) if abs(value) < 10**309 else math.inf
+        try:
+            value = float(value)
+        except OverflowError:
+            value = math.inf
     if not math.isfinite(value):
         raise ValueError("JSON has no such number")
     if value == 0:
