@@ -94,13 +94,8 @@ def test_replies_are_counted_by_model(bob):
         ]
     )
     small, large = DailyTotal.objects.order_by("-model")
-    assert (small.model, small.messages, small.replies, small.input_tokens, small.output_tokens) == (
-        "small",
-        2,
-        2,
-        300,
-        30,
-    )
+    assert (small.model, small.messages, small.replies) == ("small", 2, 2)
+    assert (small.input_tokens, small.output_tokens) == (300, 30)
     assert (small.cost_dollars, small.latency_seconds) == (Decimal("0.3"), Decimal("0.2"))
     assert (small.replies_to_100ms, small.replies_to_500ms, small.replies_over_30s) == (2, 0, 0)
     assert (large.replies_to_30s, large.replies_over_30s, large.latency_seconds) == (0, 1, Decimal("31.5"))
@@ -156,9 +151,8 @@ def test_an_event_with_what_nobody_can_have_counted_costs_itself_only(bob, wrong
 
 
 def test_the_largest_values_are_counted(bob):
-    largest = reply(
-        bob.tenant_id, cost=999_999_999.999, tokens=(2**31 - 1,) * 2, latency=999_999_999.5, model="x" * 200
-    )
+    most, tokens = 999_999_999.5, 2**31 - 1
+    largest = reply(bob.tenant_id, cost=most, tokens=(tokens, tokens), latency=most, model="x" * 200)
     for _ in range(3):
         count([largest] * 100)
     total = DailyTotal.objects.get()
