@@ -61,7 +61,7 @@ def test_numbers_are_written_as_the_rfc_says(bits, text):
 
 def test_members_are_sorted_by_utf_16_and_nothing_is_escaped_without_need():
     value = {"\u20ac": "Euro", "\r": "CR", "\ufb33": "Dalet", "1": "One", "\U0001f600": "Smile", "\x80": "", "\xf6": ""}
-    members = ['"\\r":"CR"', '"1":"One"', '"\x80":""', '"ö":""', '"€":"Euro"', '"😀":"Smile"', '"דּ":"Dalet"']
+    members = ['"\\r":"CR"', '"1":"One"', '"\x80":""', '"ö":""', '"€":"Euro"', '"😀":"Smile"', '"\ufb33":"Dalet"']
     assert canonical_json(value) == "{" + ",".join(members) + "}"
     assert canonical_json('\u20ac$\x0f\nA\'B"\\\\"/\x7f\u2028') == '"€$\\u000f\\nA\'B\\"\\\\\\\\\\"/\x7f\u2028"'
     assert canonical_json([None, True, False, {}, []]) == "[null,true,false,{},[]]"

@@ -20,7 +20,7 @@ from voicehelper.audit.verification import UnknownTenant, verify
 
 SET = "UPDATE audit_auditentry SET {} WHERE tenant_id = %s AND position = 3"
 CHANGES = {
-    "event_type": "event_type = 'conversation.created'",
+    "event_type": "event_type = 'conversation.failed'",
     "event_version": "event_version = 'v2'",
     "user_id": "user_id = 'mallory'",
     "aggregate_id": "aggregate_id = 'other'",
@@ -190,7 +190,8 @@ def test_the_database_refuses_to_change_the_log(log):
     refused("UPDATE audit_auditchain SET hash = repeat('a', 64)")
     refused("UPDATE audit_auditchain SET dropped_position = 1")
     refused("UPDATE audit_auditchain SET tenant_id = tenant_id || 'x'")
-    with pytest.raises(IntegrityError, match="UPDATE of audit_auditentry is refused: the audit log is append-only"):
+    said = "UPDATE of audit_auditentry is refused: the audit log is append-only"
+    with pytest.raises(IntegrityError, match=said), transaction.atomic():
         AuditEntry.objects.update(user_id="mallory")
     assert (list(AuditEntry.objects.values()), list(AuditChain.objects.values())) == before
 
@@ -292,7 +293,7 @@ def test_the_command_on_a_whole_log(log, charlie):
 def test_the_command_names_the_first_bad_position_of_each_tenant(log, charlie, tamper):
     tamper(SET.format("user_id = 'mallory'"), log)
     status, out, error = verified()
-    assert (status, error) == (1, "not what was written: the log of 1 tenant")
+    assert (status, error) == (1, "the log of 1 tenant is not what was written")
     assert f"{log}: BAD at position 3: the entry was changed" in out
     assert f"{charlie.tenant_id}: 2 entries" in out
     assert verified("--tenant", str(charlie.tenant_id))[0] == 0
