@@ -34,7 +34,7 @@ from events_outbox.replay import of_types
 
 from .counting import Counts
 from .event_handlers import analytics
-from .models import KEY, MEASURES
+from .models import COUNTED, KEY, MEASURES
 from .services import LIVE_TABLE, add_to_totals
 
 FRESH_TABLE = "analytics_dailytotal_rebuilt"
@@ -79,6 +79,14 @@ SELECT {", ".join(KEY)},
    AND ({", ".join(f"coalesce(live.{m}, 0)" for m in MEASURES)})
        IS DISTINCT FROM ({", ".join(f"coalesce(fresh.{m}, 0)" for m in MEASURES)})
 """  # noqa: S608
+# Rows that would lose counts of a day of which no event is left, or of one whose marks may be pruned.
+_LOSING = f"""
+SELECT count(*) FROM {_DELTAS} delta
+ WHERE ({" OR ".join(f"live_{m} > fresh_{m}" for m in COUNTED)})
+   AND (day <= %(unmarked_until)s::date
+        OR NOT EXISTS (SELECT FROM {FRESH_TABLE} fresh
+                        WHERE fresh.tenant_id = delta.tenant_id AND fresh.day = delta.day))
+"""  # noqa: S608
 # In the order in which the consumers lock them (Python's, hence the collation).
 _ORDER = 'tenant_id, day, mode COLLATE "C", model COLLATE "C"'
 _SWAP = f"""
@@ -91,6 +99,12 @@ DELETE FROM {LIVE_TABLE} total USING {_DELTAS} delta
  WHERE {" AND ".join(f"total.{name} = delta.{name}" for name in KEY)}
    AND {" AND ".join(f"total.{name} = 0" for name in MEASURES)}
 """  # noqa: S608
+
+
+_LOST = (
+    " any more: the totals would lose what they added. Give --since with the first day from which on all of them are "
+    "there; nothing was changed"
+)
 
 
 class RebuildFailed(Exception):
@@ -122,6 +136,7 @@ class Rebuild:
 
     def __init__(self, *, since: date | None = None, unmarked_before: datetime | None = None) -> None:
         self._since = since or date.min
+        self._is_of_all = since is None
         self._unmarked_before = unmarked_before
         self._counts = Counts()
         self.from_outbox = self.from_kafka = self.not_found = self.rows = self.differing_rows = 0
@@ -161,13 +176,17 @@ class Rebuild:
     def swap(self) -> None:
         """Put the rebuilt totals in the place of the live ones. Needs `count()` with `compare`.
 
-        Raises RebuildFailed when handled events were not found: what they added would be lost.
+        Raises RebuildFailed when handled events were not found, or seem to be gone together with their marks: what they
+        added would be lost. With `since`, whoever gives it knows that all events from that day on are still there.
         """
         if self.not_found:
             raise RebuildFailed(
-                f"{self.not_found} events that were counted are neither in the outbox nor in Kafka any more: the "
-                "totals would lose them. Give --since with the first day from which on all of them are there"
+                f"{self.not_found} events that were counted are neither in the outbox nor in Kafka{_LOST}"
             )
+        if self._is_of_all:
+            unmarked_until = self._unmarked_before and self._unmarked_before.astimezone(UTC).date()
+            if losing := _value(_LOSING, {"unmarked_until": unmarked_until}):
+                raise RebuildFailed(f"of {losing} rows the events, or their processed marks, seem to be pruned{_LOST}")
         with transaction.atomic(), connection.cursor() as cursor:
             cursor.execute(_SWAP)
             cursor.execute(_DROP_EMPTY)

@@ -23,7 +23,7 @@ from tests.voicehelper.conftest import consume
 from voicehelper.analytics import rebuild as rebuilding
 from voicehelper.analytics.event_handlers import count
 from voicehelper.analytics.models import DailyTotal
-from voicehelper.analytics.rebuild import FRESH_TABLE, Rebuild
+from voicehelper.analytics.rebuild import FRESH_TABLE, Rebuild, RebuildFailed
 
 pytestmark = pytest.mark.django_db(transaction=True)
 
@@ -276,6 +276,33 @@ def test_marks_that_were_pruned(published, settings):
     status, out = rebuild("--compare", "--unmarked-before", later)
     assert status == 0, out
     assert "4 events of the outbox and 5 of Kafka counted again" in out
+
+
+def test_what_is_gone_together_with_its_marks_is_never_swapped_away(counted):
+    """As in production, where the outbox, Kafka and the marks are all pruned: the totals alone remember."""
+    old = [event for event in counted if event.timestamp.day in (27, 28)]
+    for rows_of in (OutboxEvent, ProcessedEvent):
+        rows_of.objects.filter(event_id__in=[event.event_id for event in old]).delete()
+    before = rows()
+    assert rebuild("--compare")[0] == 1
+    status, out = rebuild("--swap")
+    assert (status, rows()) == (2, before)
+    assert "of 2 rows the events, or their processed marks, seem to be pruned" in out
+    DailyTotal.objects.filter(day=DAY, tenant_id=OTHER).update(messages=7)
+    assert rebuild("--swap", "--since", "2026-03-29")[0] == 0
+    assert rows() == before
+
+
+def test_a_day_of_which_some_marks_are_pruned_is_not_swapped(counted):
+    OutboxEvent.objects.filter(event_id=counted[-1].event_id).delete()
+    ProcessedEvent.objects.filter(event_id=counted[-1].event_id).delete()
+    before = rows()
+    with Rebuild(unmarked_before=datetime(2026, 4, 1, tzinfo=UTC)) as one:
+        one._count_kafka = lambda: None  # it holds nothing
+        one.count()
+        with pytest.raises(RebuildFailed, match="seem to be pruned"):
+            one.swap()
+    assert rows() == before
 
 
 def test_the_group_is_not_the_consumers():
