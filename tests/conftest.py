@@ -1,12 +1,27 @@
 """Fixtures for all tests. What they use is started by `tests/services.py`."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
+from django.db import connection
 
 from tests.secure_kafka import SecureKafka
 from tests.services import SERVICES, Kafka
 from tests.topics import TopicReader
+
+
+@pytest.fixture(scope="session")
+def django_db_setup(django_db_setup: None, django_db_blocker: Any) -> None:
+    """The tables of the audit log can be emptied after a test, as all others: see its migration 0004."""
+    with django_db_blocker.unblock():
+        let_audit_log_be_truncated()
+
+
+def let_audit_log_be_truncated() -> None:
+    with connection.cursor() as cursor:
+        for table in ("audit_auditentry", "audit_auditchain"):
+            cursor.execute(f"ALTER TABLE {table} DISABLE TRIGGER audit_is_not_truncated")
 
 
 @pytest.fixture(scope="session")

@@ -177,6 +177,12 @@ EVENTS_OUTBOX: dict[str, Any] = {
     "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
 }
 
+# A day of a tenant is alerted when it comes to three times the average day, and to at least so much.
+ANALYTICS: dict[str, Any] = {
+    "BUDGET_MIN_COST_DOLLARS": os.environ.get("BUDGET_ALERT_MIN_COST_DOLLARS", "1"),
+    "BUDGET_MIN_TOKENS": os.environ.get("BUDGET_ALERT_MIN_TOKENS", "100000"),
+}
+
 MONITORING: dict[str, Any] = {
     "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),
     "SERVICE_VERSION": os.environ.get("VOICEHELPER_VERSION", "0.1.0"),

@@ -9,6 +9,7 @@ urlpatterns = [
     path("api/v1/", include("voicehelper.conversations.urls")),
     path("api/v1/", include("voicehelper.notifications.urls")),
     path("api/v1/", include("voicehelper.analytics.urls")),
+    path("api/v1/", include("voicehelper.audit.urls")),
 ]
 
 handler400 = "voicehelper.problems.bad_request"

@@ -73,9 +73,9 @@ OTHERS_SQL = """
     SELECT %(first)s + n * %(step)s, 'alice', 'dead_letter.replayed', 'audit', n, '', '{{}}'
       FROM generate_series(1, %(others)s) n;
     INSERT INTO audit_auditentry (id, event_id, event_type, event_version, tenant_id, user_id, aggregate_id,
-           occurred_at, correlation_id, causation_id, payload, metadata, recorded_at)
+           occurred_at, correlation_id, causation_id, payload, metadata, recorded_at, position, previous_hash, hash)
     SELECT uuidv7(at - clock_timestamp()), gen_random_uuid(), 'conversation.created', 'v1', 't', '', 'a-' || n, at,
-           'r', '', '{{}}', '{{}}', at
+           'r', '', '{{}}', '{{}}', at, n, '', ''
       FROM (SELECT n, %(first)s + n * %(step)s AS at FROM generate_series(1, %(others)s) n) rows"""
 
 

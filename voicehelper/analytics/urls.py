@@ -1,7 +1,8 @@
 from django.urls import path
 
-from .views import SummaryView
+from .views import DailyView, SummaryView
 
 urlpatterns = [
     path("analytics/summary", SummaryView.as_view()),
+    path("analytics/daily", DailyView.as_view()),
 ]

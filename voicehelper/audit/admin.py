@@ -12,7 +12,7 @@ from .models import AuditEntry
 @admin.register(AuditEntry)
 class AuditEntryAdmin(ReadOnlyAdmin):
     payload_fields = ["payload"]
-    list_display = ["occurred", "event_type", "tenant", "user", "aggregate", "event"]
+    list_display = ["occurred", "event_type", "tenant", "position", "user", "aggregate", "event", "chained"]
     list_filter = [EventTypeFilter, TenantFilter]
     list_defer = ["payload", "metadata"]
     time_field = "recorded_at"
@@ -38,3 +38,7 @@ class AuditEntryAdmin(ReadOnlyAdmin):
     @admin.display(description="event id")
     def event(self, entry: AuditEntry) -> str:
         return short_id(entry.event_id)
+
+    @admin.display(description="hash")
+    def chained(self, entry: AuditEntry) -> str:
+        return short_id(entry.hash)
