@@ -55,7 +55,7 @@ def test_the_end_of_a_conversation_is_recorded(bob):
 
 
 def test_a_batch_is_one_statement(alice, bob, emitted, django_assert_num_queries):
-    events = emitted("identity.user.registered")
+    events = emitted("identity.user.created")
     with django_assert_num_queries(1):
         record(events)
     assert AuditEntry.objects.count() == 2
@@ -88,7 +88,7 @@ def test_fields_without_a_value_are_recorded_too(tenant):
 
 @pytest.mark.parametrize("action", ["add", "{id}/change", "{id}/delete"])
 def test_the_admin_cannot_change_the_log(client, alice, emitted, action):
-    record(emitted("identity.user.registered"))
+    record(emitted("identity.user.created"))
     entry = AuditEntry.objects.get()
     client.force_login(alice)
 
