@@ -17,20 +17,23 @@ class TenantSerializer(serializers.ModelSerializer[Tenant]):
     class Meta:
         model = Tenant
         fields = ["id", "name"]
+        read_only_fields = fields
 
 
 class OwnTenantSerializer(serializers.ModelSerializer[Tenant]):
     class Meta:
         model = Tenant
         fields = ["id", "name", "created_at"]
+        read_only_fields = fields
 
 
 class MeSerializer(serializers.ModelSerializer[User]):
-    tenant = TenantSerializer()
+    tenant = TenantSerializer(read_only=True)
 
     class Meta:
         model = User
         fields = ["id", "username", "role", "tenant"]
+        read_only_fields = fields
 
 
 class UserSerializer(serializers.ModelSerializer[User]):
