@@ -83,7 +83,7 @@ class UserAdmin(OwnTenant, DjangoUserAdmin, ModelAdmin):  # type: ignore[type-ar
 
     def get_form(self, request: HttpRequest, obj: User | None = None, change: bool = False, **kwargs: Any) -> Any:
         form = super().get_form(request, obj, change=change, **kwargs)
-        if obj is None and "tenant" in form.base_fields:
+        if obj is None:
             form.base_fields["tenant"].required = True
         return form
 

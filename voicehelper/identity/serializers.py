@@ -51,10 +51,16 @@ class NewUser(serializers.Serializer[Any]):
     email = serializers.EmailField(max_length=254, allow_blank=True, default="")
     role = serializers.ChoiceField(choices=User.Role.choices, default=User.Role.MEMBER)
 
+    # As they will be stored: to normalise can make a text longer, or of other characters.
+
     def validate_username(self, name: str) -> str:
-        # As it will be stored: to normalise can make it longer, or of other characters.
         normal = User.normalize_username(name)
         User._meta.get_field("username").run_validators(normal)
+        return normal
+
+    def validate_email(self, email: str) -> str:
+        normal = User.objects.normalize_email(email)
+        User._meta.get_field("email").run_validators(normal)
         return normal
 
 

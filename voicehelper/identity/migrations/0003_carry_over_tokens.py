@@ -3,12 +3,14 @@
 That app kept each token in plain text, as the key of its row, and the admin wrote it into its log as well. It is no
 longer installed, so its migrations are not there to depend on: on a new database there is no such table.
 
-Backwards its table comes back empty, and users log in again: the tokens cannot be told from their hashes.
+Backwards its table comes back empty, where that app's migrations once made it, and users log in again: the tokens
+cannot be told from their hashes.
 """
 
 from typing import Any
 
 from django.db import migrations
+from django.db.migrations.recorder import MigrationRecorder
 from uuid_utils.compat import uuid7
 
 from voicehelper.identity import tokens
@@ -52,6 +54,8 @@ def carry_over(apps: Any, schema_editor: Any) -> None:
 
 
 def bring_back_the_table(apps: Any, schema_editor: Any) -> None:
+    if ("authtoken", "0001_initial") not in MigrationRecorder(schema_editor.connection).applied_migrations():
+        return  # they make it themselves
     with schema_editor.connection.cursor() as cursor:
         cursor.execute(CREATE)
 
