@@ -126,13 +126,14 @@ class UserAdmin(OwnTenant, DjangoUserAdmin, ModelAdmin):  # type: ignore[type-ar
             return
         is_deactivated = "is_active" in changed and not obj.is_active
         by_service = {"role", "is_active"} if is_deactivated else {"role"}
-        # Not the whole row: what somebody else has just changed stays.
-        many = {field.name for field in obj._meta.many_to_many}
-        obj.save(update_fields=changed - by_service - many)
+        # These first: they lock the tenant's row before the user's.
         if "role" in changed:
             change_role(user=obj, role=obj.role, by=by)
         if is_deactivated:
             deactivate_user(user=obj, by=by)
+        # Not the whole row: what somebody else has just changed stays.
+        many = {field.name for field in obj._meta.many_to_many}
+        obj.save(update_fields=changed - by_service - many)
 
     def has_delete_permission(self, request: HttpRequest, obj: Model | None = None) -> bool:
         return False  # deactivate instead: conversations keep their author

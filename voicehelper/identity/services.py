@@ -50,7 +50,7 @@ class LastAdmin(Refused):
 
 
 class UserInactive(Refused):
-    """The user is deactivated: gets no token, and no other role."""
+    """The user is deactivated, and gets no token."""
 
 
 class TokenNotValid(Refused):
@@ -109,13 +109,11 @@ def register_user(
 def change_role(*, user: User, role: str, by: User | None = None) -> User:
     """Give a user another role and emit identity.user.role.changed; the same role changes nothing.
 
-    `by`: who asked for it, None: a command. Returns the user as stored. Raises LastAdmin, UserInactive.
+    `by`: who asked for it, None: a command. Returns the user as stored. Raises LastAdmin.
     """
     tenant_id, user = _lock_with_tenant(user)
     if user.role == role:
         return user
-    if not user.is_active:
-        raise UserInactive("The user is deactivated.")
     _need_another_admin(tenant_id, user)
     old_role, user.role = user.role, role
     user.save(update_fields=["role"])
@@ -253,7 +251,8 @@ def _lock_with_tenant(user: User) -> tuple[UUID, User]:
 def _need_another_admin(tenant_id: UUID, user: User) -> None:
     """Raise LastAdmin if the user is the only active admin of the tenant, whose row is locked."""
     admins = User.objects.filter(tenant_id=tenant_id, role=User.Role.ADMIN, is_active=True)
-    if user.role == User.Role.ADMIN and not admins.exclude(id=user.id).exists():
+    is_admin = user.is_active and user.role == User.Role.ADMIN
+    if is_admin and not admins.exclude(id=user.id).exists():
         raise LastAdmin("The tenant has no other admin.")
 
 

@@ -121,7 +121,7 @@ class UsersView(generics.ListAPIView[User]):
 class UserView(generics.RetrieveAPIView[User]):
     """GET a user of the tenant; PATCH the role, or deactivate the user (admins; scope `admin`).
 
-    409 where the tenant would be left without an admin, and for a user that is deactivated.
+    409 where the tenant would be left without an admin, and to activate one that is deactivated.
     """
 
     serializer_class = UserSerializer
