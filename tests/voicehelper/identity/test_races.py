@@ -23,7 +23,8 @@ from voicehelper.identity.services import (
 )
 
 pytestmark = pytest.mark.django_db(transaction=True)
-WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+# Not pg_stat_activity, which a transaction sees as it was at its first look.
+WAITING = "SELECT count(*) FROM pg_locks WHERE NOT granted"
 
 
 @contextmanager
