@@ -24,6 +24,7 @@ ACTIONS = (
     "undeliverable.redriven",
     "undeliverable.discarded",
     "payload.viewed",
+    "token.revoked",
 )
 """What the audit trail speaks of."""
 

@@ -7,6 +7,7 @@ import dj_database_url
 from django.templatetags.static import static
 
 from voicehelper.assistant.conf import assistant_settings, llm_prices
+from voicehelper.identity.conf import tenant_requests_per_minute
 from voicehelper.kafka_security import kafka_security
 from voicehelper.services import BASE_DIR, find_services
 
@@ -36,7 +37,6 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.staticfiles",
     "rest_framework",
-    "rest_framework.authtoken",
     "django_prometheus",
     "monitoring",
     "events_outbox",
@@ -155,16 +155,22 @@ UNFOLD: dict[str, Any] = {
 
 REST_FRAMEWORK = {
     "DEFAULT_AUTHENTICATION_CLASSES": [
-        "rest_framework.authentication.TokenAuthentication",
+        "voicehelper.identity.authentication.ApiTokenAuthentication",
         "rest_framework.authentication.SessionAuthentication",
     ],
-    "DEFAULT_PERMISSION_CLASSES": ["voicehelper.identity.permissions.IsTenantMember"],
+    "DEFAULT_PERMISSION_CLASSES": [
+        "voicehelper.identity.permissions.IsTenantMember",
+        "voicehelper.identity.permissions.HasScope",
+    ],
+    "DEFAULT_THROTTLE_CLASSES": ["voicehelper.identity.throttling.TenantThrottle"],
     "DEFAULT_PAGINATION_CLASS": "voicehelper.pagination.NewestFirst",
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_PARSER_CLASSES": ["voicehelper.parsers.JSONParser"],
     "EXCEPTION_HANDLER": "voicehelper.problems.problem_response",
     "PAGE_SIZE": 50,
 }
+# Of all users of a tenant together; 0 is no limit.
+TENANT_REQUESTS_PER_MINUTE = tenant_requests_per_minute(os.environ)
 
 _session_ms = int(os.environ.get("KAFKA_SESSION_TIMEOUT_MS", "10000"))
 EVENTS_OUTBOX: dict[str, Any] = {

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from http import HTTPStatus
 from secrets import token_urlsafe
 from typing import Any
@@ -20,11 +21,11 @@ from uuid import UUID, uuid4
 
 import urllib3
 from django.db import transaction
-from rest_framework.authtoken.models import Token
+from django.utils import timezone
 
 from voicehelper.analytics.models import DailyTotal
 from voicehelper.conversations.models import Conversation
-from voicehelper.identity.models import Tenant, User
+from voicehelper.identity.models import ApiToken, Tenant, User
 from voicehelper.identity.services import create_tenant, register_user
 
 MODES: dict[str, int] = {
@@ -38,6 +39,7 @@ TEXT = """the delivery of my order is late can you tell me when it comes and whe
 please summarise this contract and say which of its clauses differ from the one we signed last year thank you"""
 WORDS = TEXT.split()
 PEOPLE_EACH = 2
+TOKEN_LIFE = timedelta(days=1)
 MOST_MESSAGES = 6
 TRIES = 8
 """How often a request is sent whose fate is not known, or that the server refused for the moment."""
@@ -60,7 +62,7 @@ class Person:
 
 @transaction.atomic
 def people_of(tenants: int) -> list[Person]:
-    """Return the people of so many simulated tenants, who are made where they are missing."""
+    """Return the people of so many simulated tenants, who are made where they are missing, with tokens for a day."""
     people = []
     for number in range(1, tenants + 1):
         name = f"Simulated {number}"
@@ -70,8 +72,9 @@ def people_of(tenants: int) -> list[Person]:
             user = User.objects.filter(username=username).first() or register_user(
                 tenant=tenant, username=username, password=token_urlsafe(24), role=User.Role.ADMIN
             )
-            token, _ = Token.objects.get_or_create(user=user)
-            people.append(Person(tenant.id, token.key))
+            expires_at = timezone.now() + TOKEN_LIFE
+            token = ApiToken.objects.issue(user=user, name="simulate_traffic", expires_at=expires_at)
+            people.append(Person(tenant.id, token.text))
     return people
 
 

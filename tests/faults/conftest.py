@@ -12,12 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 from django.db import connection
-from rest_framework.authtoken.models import Token
 
 from tests.faults.consumers import ConsumerHarness
 from tests.services import free_ports
 from tests.topics import TopicReader
-from voicehelper.identity.models import User
+from voicehelper.identity.models import ApiToken, User
 from voicehelper.identity.services import create_tenant, register_user
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +130,7 @@ def alice(transactional_db):
 
 @pytest.fixture
 def authorization(alice):
-    return {"Authorization": f"Token {Token.objects.create(user=alice).key}"}
+    return {"Authorization": f"Token {ApiToken.objects.issue(user=alice, name='test').text}"}
 
 
 def kill_hard(process):

@@ -7,12 +7,12 @@ the tenant Other.
 from collections.abc import Callable
 
 import pytest
-from rest_framework.authtoken.models import Token
+from django.utils import timezone
 from rest_framework.test import APIClient
 
 from events_outbox import Event
 from events_outbox.testing import CapturedEvents, handle_now
-from voicehelper.identity.models import Tenant, User
+from voicehelper.identity.models import ApiToken, Scope, Tenant, User
 from voicehelper.identity.services import create_tenant, register_user
 
 PASSWORD = "correct horse battery staple"
@@ -48,13 +48,17 @@ def charlie(db) -> User:
 
 
 @pytest.fixture
-def api() -> Callable[[User], APIClient]:
-    """A client that is logged in with the user's token."""
+def api() -> Callable[..., APIClient]:
+    """A client with a token of the user's, of all scopes unless some are named.
 
-    def log_in(user: User) -> APIClient:
-        token, _ = Token.objects.get_or_create(user=user)
+    The token was made without an event and is as if used just now, so that nothing is written for the request's sake.
+    """
+
+    def log_in(user: User, *scopes: str) -> APIClient:
+        scopes = scopes or tuple(Scope.values)
+        _, text = ApiToken.objects.issue(user=user, name="test", scopes=scopes, last_used_at=timezone.now())
         client = APIClient(raise_request_exception=False)
-        client.credentials(HTTP_AUTHORIZATION=f"Token {token.key}")
+        client.credentials(HTTP_AUTHORIZATION=f"Token {text}")
         return client
 
     return log_in

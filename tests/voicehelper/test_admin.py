@@ -11,12 +11,12 @@ from voicehelper.audit.event_handlers import record
 from voicehelper.audit.models import AuditEntry
 from voicehelper.conversations.models import Conversation, Message
 from voicehelper.conversations.services import create_conversation, send_message
-from voicehelper.identity.models import Tenant, User
+from voicehelper.identity.models import ApiToken, Tenant, User
 from voicehelper.identity.services import create_tenant, register_user
 from voicehelper.notifications.models import Notification
 from voicehelper.notifications.services import notify
 
-READ_ONLY = [Conversation, Message, Notification, DailyTotal, AuditEntry]
+READ_ONLY = [Conversation, Message, Notification, DailyTotal, AuditEntry, ApiToken]
 MODELS = [Tenant, User, *READ_ONLY]
 
 
@@ -37,6 +37,7 @@ def add_rows(emitted):
     def add(number: int) -> None:
         tenant = create_tenant(name=f"Tenant {number}")
         user = register_user(tenant=tenant, username=f"user-{number}", password=PASSWORD)
+        ApiToken.objects.issue(user=user, name=f"Token {number}")
         conversation = create_conversation(user=user, title=f"Title {number}")
         send_message(user=user, conversation_id=conversation.id, content="Hi")
         notify(recipient=user, kind="conversation.created", aggregate_id=str(conversation.id), subject="New")

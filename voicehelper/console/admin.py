@@ -1,13 +1,11 @@
-"""What the console adds to the admin site: the overview; groups and tokens in the theme, as everything else."""
+"""What the console adds to the admin site: the overview; groups in the theme, as everything else."""
 
 from django.contrib import admin
 from django.contrib.auth.admin import GroupAdmin as DjangoGroupAdmin
 from django.contrib.auth.models import Group
 from django.urls import URLPattern, path
-from rest_framework.authtoken.admin import TokenAdmin as RestTokenAdmin
-from rest_framework.authtoken.models import TokenProxy
 
-from events_outbox.admin.read_only import ModelAdmin, TenantConfined
+from events_outbox.admin.read_only import ModelAdmin
 
 from .views import overview_fragment
 
@@ -21,15 +19,9 @@ def _extra_urls() -> list[URLPattern]:
 
 setattr(admin.site, "extra_urls", _extra_urls)  # noqa: B010  # the theme's hook, which has no type
 
-admin.site.unregister([Group, TokenProxy])
+admin.site.unregister(Group)
 
 
 @admin.register(Group)
 class GroupAdmin(DjangoGroupAdmin, ModelAdmin):
     pass
-
-
-@admin.register(TokenProxy)
-class TokenAdmin(TenantConfined, RestTokenAdmin, ModelAdmin):
-    tenant_field = "user__tenant_id"
-    autocomplete_fields = ["user"]

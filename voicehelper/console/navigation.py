@@ -38,7 +38,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
             ("Tenants", "domain", "identity.Tenant"),
             ("Users", "group", "identity.User"),
             ("Roles", "shield_person", "auth.Group"),
-            ("API tokens", "key", "authtoken.TokenProxy"),
+            ("API tokens", "key", "identity.ApiToken"),
         ),
     ),
 )

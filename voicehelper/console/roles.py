@@ -28,6 +28,7 @@ ADMINISTER = (
     "identity.view_*",
     "identity.add_*",
     "identity.change_*",
+    "identity.revoke_*",
     "auth.view_group",
 )
 ROLES = {"Viewer": LOOK, "Operator": LOOK + OPERATE, "Admin": LOOK + OPERATE + ADMINISTER}

@@ -22,7 +22,7 @@ def main() -> None:
     if options.create_topics:
         call_command("create_topics")
     demo = io.StringIO()
-    call_command("create_demo", json=True, stdout=demo)
+    call_command("create_demo", json=True, known=options.demo_file, stdout=demo)
     with open(os.open(options.demo_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
         file.write(demo.getvalue())
     if options.replay:

@@ -1,12 +1,16 @@
-"""Limits on guessing."""
+"""Limits on guessing, and on how much a tenant may ask for."""
 
 import hashlib
 import logging
+import time
 from typing import Any
 
-from django.core.cache import caches
+from django.conf import settings
+from django.core.cache import BaseCache, caches
 from rest_framework.request import Request
-from rest_framework.throttling import SimpleRateThrottle
+from rest_framework.throttling import BaseThrottle, SimpleRateThrottle
+
+from .models import User
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,22 @@ class SharedOrOwnCache:
         except Exception as error:
             logger.warning("the cache cannot be reached: each process limits for itself (%s)", type(error).__name__)
 
+    def count(self, key: str, timeout: int) -> int:
+        """Add one to a counter that is kept for `timeout` seconds; return what it comes to. No count is lost."""
+        try:
+            return _count(caches["default"], key, timeout)
+        except Exception as error:
+            logger.warning("the cache cannot be reached: each process limits for itself (%s)", type(error).__name__)
+            return _count(caches["process"], key, timeout)
+
+
+def _count(cache: BaseCache, key: str, timeout: int) -> int:
+    try:
+        return cache.incr(key)
+    except ValueError:  # it is not there yet
+        cache.add(key, 0, timeout)  # of many at once one does
+        return cache.incr(key)
+
 
 class LoginThrottle(SimpleRateThrottle):
     """At most 20 attempts a minute on one username: of all web processes with a Redis, of each one without.
@@ -47,3 +67,26 @@ class LoginThrottle(SimpleRateThrottle):
         # Hashed: a cache key is short and plain, a username need not be.
         name = username.strip().encode("utf-8", "backslashreplace")
         return f"login:{hashlib.sha256(name).hexdigest()}"
+
+
+class TenantThrottle(BaseThrottle):
+    """At most TENANT_REQUESTS_PER_MINUTE requests in a minute of the clock, of all users of a tenant together.
+
+    Of all web processes with a Redis, of each one without. 0 is no limit. A minute that begins starts from nothing:
+    Retry-After says when that is.
+    """
+
+    cache = SharedOrOwnCache()
+    timer = staticmethod(time.time)
+
+    def allow_request(self, request: Request, view: Any) -> bool:
+        limit: int = settings.TENANT_REQUESTS_PER_MINUTE
+        if limit == 0 or not isinstance(request.user, User) or request.user.tenant_id is None:
+            return True
+        self._now = self.timer()
+        key = f"requests:{request.user.tenant_id}:{self._now // 60:.0f}"
+        return self.cache.count(key, timeout=120) <= limit
+
+    def wait(self) -> float:
+        """Seconds to the next minute."""
+        return 60 - self._now % 60

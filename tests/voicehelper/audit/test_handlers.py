@@ -73,7 +73,7 @@ def test_the_end_of_a_conversation_is_recorded(bob):
 
 
 def test_a_batch_is_four_statements(alice, bob, charlie, emitted, django_assert_num_queries):
-    events = emitted("identity.user.registered") + emitted("identity.tenant.created")
+    events = emitted("identity.user.created") + emitted("identity.tenant.created")
     with django_assert_num_queries(4):  # lock the chains, what is there already, insert, move the chains
         record(events)
     assert AuditEntry.objects.count() == 5
@@ -222,7 +222,7 @@ def test_fields_without_a_value_are_recorded_too(tenant):
 
 @pytest.mark.parametrize("action", ["add", "{id}/change", "{id}/delete"])
 def test_the_admin_cannot_change_the_log(client, alice, emitted, action):
-    record(emitted("identity.user.registered"))
+    record(emitted("identity.user.created"))
     entry = AuditEntry.objects.get()
     client.force_login(alice)
 

@@ -22,7 +22,7 @@ from voicehelper.audit.models import AuditEntry
 from voicehelper.console.roles import ROLES, admin_tenant, create_roles
 from voicehelper.conversations.models import Message
 from voicehelper.conversations.services import create_conversation, send_message
-from voicehelper.identity.models import User
+from voicehelper.identity.models import ApiToken, User
 from voicehelper.identity.services import register_user
 from voicehelper.notifications.models import Notification
 from voicehelper.notifications.services import notify
@@ -62,6 +62,7 @@ def rows_of(user: User) -> dict[str, object]:
         "message": Message.objects.get(conversation=conversation),
         "notification": Notification.objects.get(recipient=user),
         "user": user,
+        "token": ApiToken.objects.issue(user=user, name="laptop").token,
         "tenant": user.tenant,
     }
 
@@ -110,19 +111,17 @@ LISTS = {
     "notifications": ["notification"],
     "analytics": ["dailytotal"],
     "audit": ["auditentry"],
-    "identity": ["tenant", "user"],
+    "identity": ["tenant", "user", "apitoken"],
     "auth": ["group"],
-    "authtoken": ["tokenproxy"],
 }
-FOR_ADMINS = {"user", "group"}
-FOR_SUPERUSERS = {"tokenproxy"}
+FOR_ADMINS = {"user", "group", "apitoken"}
 EVERY_LIST = [(app, model) for app, models in LISTS.items() for model in models]
 
 
 @pytest.mark.parametrize("role", ["", "Viewer", "Operator", "Admin"])
 @pytest.mark.parametrize(("app", "model"), EVERY_LIST)
 def test_which_lists_a_role_opens(member, role, app, model):
-    opens = bool(role) and model not in FOR_SUPERUSERS and (role == "Admin" or model not in FOR_ADMINS)
+    opens = bool(role) and (role == "Admin" or model not in FOR_ADMINS)
     answer = member(role).get(reverse(f"admin:{app}_{model}_changelist"))
     assert answer.status_code == (200 if opens else 403)
 
@@ -284,7 +283,7 @@ def others(charlie):
     return rows_of(charlie)
 
 
-CONFINED = ["event", "parked", "letter", "conversation", "message", "notification", "user", "tenant"]
+CONFINED = ["event", "parked", "letter", "conversation", "message", "notification", "user", "token", "tenant"]
 
 
 def test_whose_rows_a_user_sees(bob, alice, db):

@@ -1,5 +1,8 @@
+from datetime import datetime, timedelta
+
 import pytest
 from django.core.cache import caches
+from django.utils import timezone
 from rest_framework.test import APIClient
 
 from tests.monitoring.conftest import counted
@@ -24,6 +27,9 @@ def anybody() -> APIClient:
 def test_a_token_opens_the_api(anybody, bob):
     answer = anybody.post(TOKEN, {"username": "bob", "password": PASSWORD}, format="json")
     assert answer.status_code == 200
+    assert answer["Cache-Control"] == "no-store"
+    lifetime = datetime.fromisoformat(answer.json()["expires_at"]) - timezone.now()
+    assert timedelta(days=29) < lifetime <= timedelta(days=30)
 
     anybody.credentials(HTTP_AUTHORIZATION=f"Token {answer.json()['token']}")
     assert anybody.get(ME).json() == {

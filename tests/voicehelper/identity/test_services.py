@@ -21,7 +21,7 @@ def test_create_tenant_emits_the_fact(db, emitted):
 def test_register_user_emits_the_fact(tenant, alice, emitted):
     bob = register_user(tenant=tenant, username="bob", password=PASSWORD, by=alice)
 
-    event = emitted("identity.user.registered")[-1]
+    event = emitted("identity.user.created")[-1]
     assert event.aggregate_id == event.payload.user_id == str(bob.id)
     assert event.tenant_id == str(tenant.id)
     assert event.user_id == str(alice.id)
