@@ -22,7 +22,7 @@ def test_an_admin_reads_the_tenant_s_log_the_last_entry_first(api, alice, bob, c
     assert answer.status_code == 200
     rows = answer.json()["results"]
     assert [row["position"] for row in rows] == [3, 2, 1]
-    assert [row["event_type"] for row in rows] == ["identity.user.registered"] * 2 + ["identity.tenant.created"]
+    assert [row["event_type"] for row in rows] == ["identity.user.created"] * 2 + ["identity.tenant.created"]
     assert set(rows[0]) == {*FIELDS, "hash"} - {"tenant_id"}
     assert rows[0]["previous_hash"] == rows[1]["hash"]
     assert rows[0]["hash"] == entry_hash({**rows[0], "tenant_id": str(alice.tenant_id)})
