@@ -14,12 +14,14 @@ SERVICES_FILE = DATA_DIR / "services.json"
 class Services:
     """`database_url` and `kafka_bootstrap_servers` are empty when nobody named them.
 
+    `milvus_uri`: where the Milvus of a running `make up` is; empty when there is none.
     `kafka_is_embedded`: the broker is the in-memory one that `make up` starts (never for production).
     """
 
     database_url: str = ""
     kafka_bootstrap_servers: str = ""
     kafka_is_embedded: bool = False
+    milvus_uri: str = ""
 
 
 def find_services() -> Services:
@@ -38,6 +40,7 @@ def find_services() -> Services:
         database_url=os.environ.get("DATABASE_URL") or written.database_url,
         kafka_bootstrap_servers=from_environment or written.kafka_bootstrap_servers,
         kafka_is_embedded=not from_environment and written.kafka_is_embedded,
+        milvus_uri=written.milvus_uri,
     )
 
 

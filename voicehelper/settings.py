@@ -7,7 +7,8 @@ import dj_database_url
 from django.templatetags.static import static
 
 from voicehelper.kafka_security import kafka_security
-from voicehelper.services import BASE_DIR, find_services
+from voicehelper.knowledge.conf import knowledge_from
+from voicehelper.services import BASE_DIR, DATA_DIR, find_services
 
 ENVIRONMENT = os.environ.get("VOICEHELPER_ENV", "dev")  # dev | staging | prod
 IS_DEV = ENVIRONMENT == "dev"
@@ -174,6 +175,8 @@ EVENTS_OUTBOX: dict[str, Any] = {
     "ACKS": os.environ.get("KAFKA_ACKS", "all"),
     "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
 }
+
+KNOWLEDGE = knowledge_from(os.environ, milvus_uri=SERVICES.milvus_uri or str(DATA_DIR / "milvus.db"))
 
 MONITORING: dict[str, Any] = {
     "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),
