@@ -1,4 +1,4 @@
-"""The knowledge domain: documents and their index. So far it only declares its event types."""
+"""The knowledge domain: documents, and the search in them."""
 
 from django.apps import AppConfig
 
