@@ -45,8 +45,8 @@ class HashedNgrams:
     A text is folded (NFKC, case) and taken apart into its words, their groups of 3 to 5 characters, and, for the
     scripts that put no space between words, groups of two. Each is hashed to a place of the vector and a sign, and adds
     the root of how often it occurs, words three times as much. So texts are near each other that share words, also in
-    other forms and with typing errors; a synonym is not found. It is deterministic on every machine, takes about a
-    tenth of a millisecond for a chunk, and never fails.
+    other forms and with typing errors; a synonym is not found. It is deterministic on every machine, takes less than a
+    millisecond for a chunk, and never fails.
     """
 
     name = "hashed_ngrams_1"
