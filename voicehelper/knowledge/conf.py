@@ -1,22 +1,4 @@
-"""The settings of the knowledge domain: from the environment, parsed once and strictly.
-
-| variable | default | meaning |
-|---|---|---|
-| `MILVUS_URI` | what `make up` runs, else a file in the data directory | `http://host:19530`, or a path that ends with `.db`: Milvus Lite in this very process, see `vectors.py` |
-| `MILVUS_TOKEN` | none | `user:password` or an API key; also `MILVUS_TOKEN_FILE` |
-| `MILVUS_COLLECTION` | `documents` | the beginning of the collections' names; each embedding model has one |
-| `EMBEDDING_BASE_URL`, `EMBEDDING_MODEL` | none: the built-in one | an OpenAI-compatible endpoint, such as `https://api.openai.com/v1` |
-| `EMBEDDING_API_KEY` | none | its key; also `EMBEDDING_API_KEY_FILE` |
-| `EMBEDDING_DIMENSION` | 768 | length of a vector; must be given with a model |
-| `EMBEDDING_BATCH_SIZE` | 64 | texts in one request |
-| `EMBEDDING_TIMEOUT_SECONDS` | 30 | for one request |
-| `DOCUMENT_MAX_BYTES` | 10,485,760 | largest file; at most 100 MiB |
-| `DOCUMENT_MAX_PAGES` | 500 | most pages of a PDF |
-| `DOCUMENT_MAX_CHARS` | 10,000,000 | longest text that is taken out of a PDF |
-| `PDF_TIMEOUT_SECONDS`, `PDF_MEMORY_MB` | 30, 512 | what reading a PDF may take |
-| `CHUNK_CHARS`, `CHUNK_OVERLAP_CHARS` | 1200, 150 | longest chunk, and how much of it the next one repeats |
-| `SEARCH_TIMEOUT_SECONDS` | 2 | how long a search may take |
-"""  # noqa: E501
+"""The settings of the knowledge domain: from the environment, parsed once and strictly. docs/knowledge.md lists them."""
 
 import re
 from collections.abc import Mapping
