@@ -1,4 +1,4 @@
-"""The settings of the knowledge domain: from the environment, parsed once and strictly. docs/knowledge.md lists them."""
+"""The settings of the knowledge domain, which docs/knowledge.md lists: parsed once and strictly."""
 
 import re
 from collections.abc import Mapping
