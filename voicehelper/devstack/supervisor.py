@@ -161,7 +161,7 @@ class Supervisor:
                 self.broker = EmbeddedBroker(ports.kafka, TOPICS, output=output)
         self.milvus: MilvusLite | None = None
         if not os.environ.get("MILVUS_URI"):
-            self.milvus = MilvusLite(DATA_DIR / "milvus", ports.milvus, output=self.log.open("milvus"))
+            self.milvus = MilvusLite(DATA_DIR / "milvus.db", ports.milvus, output=self.log.open("milvus"))
         self.prometheus: Prometheus | None = None
         if ports.starts_prometheus:
             targets = {

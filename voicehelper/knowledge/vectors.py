@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 WRITE_SECONDS = 10.0
 """For one request that writes. A document's row is locked meanwhile."""
+CONNECT_SECONDS = 2.0
 _ROWS_AT_ONCE = 500  # with the longest chunks and vectors of 3,072 numbers, 10 to 20 MB; a server takes 64 MB
 _AWAY_SECONDS = 1.0
 _NOT_FOUND, _NOT_LOADED = 100, 101  # Milvus' codes
@@ -196,7 +197,8 @@ class VectorStore:
     def _connect(self, timeout_seconds: float) -> Any:
         if self._uri.endswith(".db"):
             Path(self._uri).parent.mkdir(parents=True, exist_ok=True)
-        client = milvus().MilvusClient(self._uri, token=self._token, timeout=timeout_seconds)
+        seconds = min(timeout_seconds, CONNECT_SECONDS)  # of this and of every later connecting
+        client = milvus().MilvusClient(self._uri, token=self._token, timeout=seconds)
         return observe_milvus(client)
 
 

@@ -44,11 +44,12 @@ class DocumentsView(generics.ListAPIView[Document]):
         return Document.objects.for_tenant(member_of(self.request).own_tenant_id)
 
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
-        super().initial(request, *args, **kwargs)
-        # Before a byte of the body is read. A body without a length has none that would be read.
+        # Before a byte of the body is read, as the check of a browser's CSRF token does. A body without a length has
+        # none that would be read.
         length = request.META.get("CONTENT_LENGTH") or ""
         if length.isdecimal() and int(length) > knowledge_settings().max_bytes + ENVELOPE_BYTES:
             raise BodyTooLarge(f"A file may have {knowledge_settings().max_bytes} bytes.")
+        super().initial(request, *args, **kwargs)
 
     @extend_schema(request=NewDocument, responses={201: DocumentSerializer})
     def post(self, request: Request) -> Response:
