@@ -46,8 +46,11 @@ class DocumentsView(generics.ListAPIView[Document]):
     def initial(self, request: Request, *args: Any, **kwargs: Any) -> None:
         # Before a byte of the body is read, as the check of a browser's CSRF token does. A body without a length has
         # none that would be read.
-        length = request.META.get("CONTENT_LENGTH") or ""
-        if length.isdecimal() and int(length) > knowledge_settings().max_bytes + ENVELOPE_BYTES:
+        try:
+            length = int(request.META.get("CONTENT_LENGTH") or 0)
+        except ValueError:  # Django, too, takes it for none
+            length = 0
+        if length > knowledge_settings().max_bytes + ENVELOPE_BYTES:
             raise BodyTooLarge(f"A file may have {knowledge_settings().max_bytes} bytes.")
         super().initial(request, *args, **kwargs)
 
