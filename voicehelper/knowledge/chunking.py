@@ -22,22 +22,34 @@ def chunks(text: str, *, most_chars: int, overlap_chars: int, has_headings: bool
     No character is left out but white space at the ends of a piece. `overlap_chars` is at most a quarter of
     `most_chars`.
     """
-    text = text.strip()
-    start = 0
-    while start < len(text):
-        end, is_heading = _end(text, start, most_chars, has_headings)
-        if piece := text[start:end].strip():
-            yield piece
-        if end == len(text):
+    for start, end in spans(text, most_chars=most_chars, overlap_chars=overlap_chars, has_headings=has_headings):
+        yield text[start:end]
+
+
+def spans(text: str, *, most_chars: int, overlap_chars: int, has_headings: bool) -> Iterator[tuple[int, int]]:
+    """Where the chunks begin and end in the text."""
+    start, last = _trimmed(text, 0, len(text))
+    while start < last:
+        end, is_heading = _end(text, start, last, most_chars, has_headings)
+        trimmed = _trimmed(text, start, end)
+        if trimmed[0] < trimmed[1]:
+            yield trimmed
+        if end == last:
             return
         start = end if is_heading else _overlapped(text, start, end, overlap_chars)
 
 
-def _end(text: str, start: int, most_chars: int, has_headings: bool) -> tuple[int, bool]:
+def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
+    """The same span without white space at its ends."""
+    piece = text[start:end]
+    return end - len(piece.lstrip()), start + len(piece.rstrip())
+
+
+def _end(text: str, start: int, last: int, most_chars: int, has_headings: bool) -> tuple[int, bool]:
     """Where the piece that begins at `start` ends, and whether a heading follows."""
     most = start + most_chars
-    if most >= len(text):
-        return len(text), False
+    if most >= last:
+        return last, False
     least = start + (most_chars + 1) // 2
     if has_headings:
         headings = [found.start() for found in _HEADING.finditer(text, least, most + _LONGEST_MARK)]
