@@ -33,7 +33,7 @@ def search(*, tenant_id: UUID, query: str, limit: int = 5, timeout_seconds: floa
 
     [] when the tenant has nothing indexed, or the query is blank. `limit`: 1 to MAX_LIMIT. Of the query, the first
     MAX_QUERY_CHARS count. `timeout_seconds`: how long it may take in all; None takes SEARCH_TIMEOUT_SECONDS. The
-    first search of a process takes about a second more, in which pymilvus is imported.
+    first search of a process takes about a second more, in which the clients' packages are imported.
 
     Raises SearchUnavailable, ValueError for a limit out of range.
     """
@@ -43,8 +43,8 @@ def search(*, tenant_id: UUID, query: str, limit: int = 5, timeout_seconds: floa
     if not query:
         return []
     milvus()
-    deadline = time.monotonic() + (timeout_seconds or knowledge_settings().search_timeout_seconds)
     store, model = vector_store(), embedder()
+    deadline = time.monotonic() + (timeout_seconds or knowledge_settings().search_timeout_seconds)
     try:
         [vector] = model.embed([query], timeout_seconds=_left(deadline))
         hits = store.search(

@@ -4,6 +4,7 @@ import itertools
 import json
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +16,7 @@ from voicehelper.devstack.milvus import MilvusLite
 from voicehelper.knowledge.embedding import HashedNgrams
 from voicehelper.knowledge.models import Document
 from voicehelper.knowledge.services import upload_document
-from voicehelper.knowledge.vectors import vector_store
+from voicehelper.knowledge.vectors import VectorsUnavailable, vector_store
 
 _number = itertools.count()
 
@@ -50,10 +51,25 @@ def milvus(milvus_server, change) -> Iterator[MilvusLite]:
     change(search_timeout_seconds=20.0)
     yield milvus_server
     milvus_server.resume()
-    if not milvus_server.is_running():
-        milvus_server.start()
-        milvus_server.wait_until_ready()
+    bring_back(milvus_server)
     vector_store().close()
+
+
+def bring_back(server: MilvusLite) -> None:
+    """Start it, unless it runs, and wait until a client gets through: gRPC waits a while between two attempts."""
+    if not server.is_running():
+        server.start()
+        server.wait_until_ready()
+        eventually(_gets_through, "a client gets through")
+
+
+def _gets_through() -> bool:
+    vector_store().close()
+    try:
+        vector_store().remove(uuid.uuid4())
+    except VectorsUnavailable:
+        return False
+    return True
 
 
 @pytest.fixture

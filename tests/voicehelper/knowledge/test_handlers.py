@@ -16,7 +16,7 @@ from voicehelper.knowledge.services import delete_document, index_document
 from voicehelper.knowledge.vectors import VectorsUnavailable, vector_store
 from voicehelper.proto.document_pb2 import DocumentUploadedPayload
 
-from .conftest import eventually
+from .conftest import bring_back, eventually
 from .files import encrypted, pdf, pdf_of
 
 
@@ -151,9 +151,7 @@ def test_while_milvus_is_away_nothing_is_lost(upload, bob, milvus):
     document.refresh_from_db()
     assert (document.status, document.error) == ("uploaded", "")
 
-    milvus.start()
-    milvus.wait_until_ready()
-    vector_store().close()
+    bring_back(milvus)
     replay = make_event("document.uploaded", DocumentUploadedPayload(document_id=str(document.id)))
     handle_now("knowledge", events=[replay], raise_errors=True)
     assert found(bob) == [document.id]
