@@ -12,7 +12,7 @@ PROTOS := events_outbox/proto/*.proto voicehelper/proto/*.proto
 PROTOC := $(VENV_PYTHON) -m grpc_tools.protoc -I .
 COMPILE := .venv/bin/uv pip compile -q --no-emit-index-url --universal --python-version 3.11 --no-header
 # Checks that read the settings, and no running service, also while `make up` runs.
-NO_SERVICES := DATABASE_URL=postgresql://127.0.0.1:1/unused KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:1
+NO_SERVICES := DATABASE_URL=postgresql://127.0.0.1:1/unused KAFKA_BOOTSTRAP_SERVERS=127.0.0.1:1 MILVUS_URI=http://127.0.0.1:1
 IS_3_11 := -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null
 
 .DEFAULT_GOAL := help

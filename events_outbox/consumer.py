@@ -56,9 +56,9 @@ class TooManyFailures(Exception):
 class ConsumerProcess:
     """Runs one `Consumer` until told to stop.
 
-    `batch_size`: None takes EVENTS_OUTBOX["CONSUMER_BATCH_SIZE"]. `on_tick` is called at least once a second,
-    but for the time that a single handler takes: the sign of life for a health check. `vitals`: what it says of
-    itself, for whoever writes it down.
+    `batch_size`: None takes the consumer's, else EVENTS_OUTBOX["CONSUMER_BATCH_SIZE"]. `on_tick` is called at least
+    once a second, but for the time that a single handler takes: the sign of life for a health check. `vitals`: what
+    it says of itself, for whoever writes it down.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ConsumerProcess:
         self.vitals = vitals or Vitals(Kind.CONSUMER, consumer.name)
         self.group = Membership(consumer, self.vitals.with_tick(on_tick))
         self.vitals.assignment = self.group.owned
-        self._batch_size = batch_size or outbox_settings().CONSUMER_BATCH_SIZE
+        self._batch_size = batch_size or consumer.batch_size or outbox_settings().CONSUMER_BATCH_SIZE
         self._guard = Guard(consumer.guard)
         self._session: Any = None
         self._is_redelivered = False  # most of the last batch was: look for marks before trying to insert them

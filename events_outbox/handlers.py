@@ -169,6 +169,8 @@ class Consumer:
     `retry`: None is the specification's 100, 200 and 400 ms.
     `start_at`: where a group that has committed nothing yet begins: "earliest", "latest", or at a time (aware).
     `guard`: pauses the consumer when too large a share of the last events fails; None for no guard.
+    `batch_size`: events in one transaction, at most, where the command line does not say; None takes
+    EVENTS_OUTBOX["CONSUMER_BATCH_SIZE"]. 1 is for handlers that take long, or lock what others wait for.
 
     Raises DuplicateRegistration for a name taken already, ValueError or TypeError for an option that is wrong.
     """
@@ -183,6 +185,7 @@ class Consumer:
         retry: RetryPolicy | None = None,
         start_at: StartAt = "earliest",
         guard: FailureGuard | None = FailureGuard(),  # noqa: B008  (it cannot be changed)
+        batch_size: int | None = None,
     ) -> None:
         if not _NAME.fullmatch(name):
             raise ValueError(f"consumer name {name!r} must be lower-case letters, digits, - and _")
@@ -195,6 +198,8 @@ class Consumer:
             raise TypeError(f"consumer {name}: retry is {retry!r}: use RetryPolicy(...)")
         if guard is not None and not isinstance(guard, FailureGuard):
             raise TypeError(f"consumer {name}: guard is {guard!r}: use FailureGuard(...), or None for no guard")
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise ValueError(f"consumer {name}: batch_size is {batch_size!r}; it must be a whole number, at least 1")
         _check_start(name, start_at)
         if name in _consumers:
             raise DuplicateRegistration(f"consumer {name} is registered twice")
@@ -204,6 +209,7 @@ class Consumer:
         self.retry = retry or RetryPolicy()
         self.start_at = start_at
         self.guard = guard
+        self.batch_size = batch_size
         self._topics = topics
         self._handlers: dict[str, Handler] = {}  # of any version, by event type or pattern
         self._version_handlers: dict[str, dict[str, Handler]] = {}  # the same, of one version alone

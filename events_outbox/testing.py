@@ -159,7 +159,7 @@ def _handle(consumer: Consumer, records: Sequence[Record], handled: Handled, rai
     like.retry = replace(consumer.retry, initial_delay_seconds=0)
     if raise_errors:
         like.retry, like.on_failure = RetryPolicy(max_retries=0), "stop"
-    process, size = ConsumerProcess(like), outbox_settings().CONSUMER_BATCH_SIZE
+    process, size = ConsumerProcess(like), consumer.batch_size or outbox_settings().CONSUMER_BATCH_SIZE
     try:
         for start in range(0, len(todo), size):
             process.handle_batch(todo[start : start + size])

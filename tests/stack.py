@@ -37,12 +37,13 @@ def up_ports() -> dict[str, str]:
     """Free ports for a `make up`, as environment variables."""
     while True:
         first = random.SystemRandom().randrange(20_000, 32_000)
-        if all(supervisor._is_free(port) for port in range(first, first + 8)):
+        if all(supervisor._is_free(port) for port in range(first, first + 16)):
             return {
                 "WEB_PORT": str(first),
                 "KAFKA_PORT": str(first + 1),
                 "METRICS_PORT": str(first + 3),
-                "PROMETHEUS_PORT": str(first + 7),
+                "PROMETHEUS_PORT": str(first + 14),
+                "MILVUS_PORT": str(first + 15),
             }
 
 
@@ -53,7 +54,7 @@ class Stack:
         self.data_dir = directory / "data"
         self.log = directory / "up.log"
         self.env = {**os.environ, **up_ports(), "VOICEHELPER_DATA_DIR": str(self.data_dir)}
-        for name in ("DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS", "DJANGO_SETTINGS_MODULE", "MAKELEVEL"):
+        for name in ("DATABASE_URL", "KAFKA_BOOTSTRAP_SERVERS", "MILVUS_URI", "DJANGO_SETTINGS_MODULE", "MAKELEVEL"):
             self.env.pop(name, None)
         self.process: subprocess.Popen[bytes] | None = None
         self.pids: list[int] = []

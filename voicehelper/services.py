@@ -14,6 +14,7 @@ SERVICES_FILE = DATA_DIR / "services.json"
 class Services:
     """`database_url` and `kafka_bootstrap_servers` are empty when nobody named them.
 
+    `milvus_uri`: where the Milvus of a running `make up` is; empty when there is none.
     `kafka_is_embedded`: the broker is the in-memory one that `make up` starts (never for production).
     """
 
@@ -21,6 +22,7 @@ class Services:
     kafka_bootstrap_servers: str = ""
     kafka_is_embedded: bool = False
     web_url: str = "http://127.0.0.1:8000"
+    milvus_uri: str = ""
 
 
 def find_services() -> Services:
@@ -40,6 +42,7 @@ def find_services() -> Services:
         kafka_bootstrap_servers=from_environment or written.kafka_bootstrap_servers,
         kafka_is_embedded=not from_environment and written.kafka_is_embedded,
         web_url=written.web_url,
+        milvus_uri=written.milvus_uri,
     )
 
 

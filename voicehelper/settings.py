@@ -9,7 +9,8 @@ from django.templatetags.static import static
 from voicehelper.assistant.conf import assistant_settings, llm_prices
 from voicehelper.identity.conf import tenant_requests_per_minute
 from voicehelper.kafka_security import kafka_security
-from voicehelper.services import BASE_DIR, find_services
+from voicehelper.knowledge.conf import knowledge_from
+from voicehelper.services import BASE_DIR, DATA_DIR, find_services
 
 ENVIRONMENT = os.environ.get("VOICEHELPER_ENV", "dev")  # dev | staging | prod
 IS_DEV = ENVIRONMENT == "dev"
@@ -188,6 +189,7 @@ ANALYTICS: dict[str, Any] = {
     "BUDGET_MIN_COST_DOLLARS": os.environ.get("BUDGET_ALERT_MIN_COST_DOLLARS", "1"),
     "BUDGET_MIN_TOKENS": os.environ.get("BUDGET_ALERT_MIN_TOKENS", "100000"),
 }
+KNOWLEDGE = knowledge_from(os.environ, milvus_uri=SERVICES.milvus_uri or str(DATA_DIR / "milvus.db"))
 
 MONITORING: dict[str, Any] = {
     "SERVICE_NAME": os.environ.get("OTEL_SERVICE_NAME", "voicehelper"),

@@ -7,6 +7,7 @@ urlpatterns = [
     path("admin/", admin.site.urls),
     path("api/v1/", include("voicehelper.identity.urls")),
     path("api/v1/", include("voicehelper.conversations.urls")),
+    path("api/v1/", include("voicehelper.knowledge.urls")),
     path("api/v1/", include("voicehelper.notifications.urls")),
     path("api/v1/", include("voicehelper.analytics.urls")),
     path("api/v1/", include("voicehelper.audit.urls")),

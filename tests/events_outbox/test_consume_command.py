@@ -152,7 +152,7 @@ def output_of(capsys, *arguments):
 def test_list_shows_consumers_and_handlers(capsys):
     pauses.pause("audit", by="alice", reason="the disk is full")
     listed = json.loads(output_of(capsys, "consume", "--list", "--json"))
-    assert [consumer["name"] for consumer in listed] == ["analytics", "audit", "notification"]
+    assert [consumer["name"] for consumer in listed] == ["analytics", "audit", "knowledge", "notification"]
     count = "voicehelper.analytics.event_handlers.count"
     assert listed[0] == {
         "name": "analytics",
@@ -187,7 +187,7 @@ def test_list_needs_neither_kafka_nor_a_database(consume):
     ("arguments", "message"),
     [
         ((), "name the consumers to run"),
-        (("analytics", "nope"), "no consumer named nope; registered: analytics, audit, notification"),
+        (("analytics", "nope"), "no consumer named nope; registered: analytics, audit, knowledge, notification"),
         (("analytics", "analytics"), "analytics is named twice"),
         (("analytics", "--json"), "--json goes with --list"),
         (("analytics", "--workers", "2"), "--workers starts its own command line again"),

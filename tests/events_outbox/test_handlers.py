@@ -18,7 +18,8 @@ from events_outbox import (
     retrying,
     upcasts,
 )
-from events_outbox.consumer import ConsumerStopped
+from events_outbox.conf import outbox_settings
+from events_outbox.consumer import ConsumerProcess, ConsumerStopped
 from events_outbox.exceptions import DuplicateRegistration, InvalidEventType, UnknownEventType
 from events_outbox.handlers import call_handler, current_event
 from events_outbox.models import OutboxEvent
@@ -65,12 +66,19 @@ class TestOptions:
         consumer = make_consumer(start_at=start, guard=None, topics=("a.events",))
         assert (consumer.start_at, consumer.guard, consumer.topics) == (start, None, ["a.events"])
 
+    def test_the_size_of_its_batches(self, make_consumer):
+        assert ConsumerProcess(make_consumer(batch_size=3))._batch_size == 3
+        assert ConsumerProcess(make_consumer(batch_size=3), batch_size=7)._batch_size == 7  # the command line's
+        assert ConsumerProcess(make_consumer())._batch_size == outbox_settings().CONSUMER_BATCH_SIZE
+
     @pytest.mark.parametrize(
         ("options", "says"),
         [
             ({"start_at": "beginning"}, "earliest"),
             ({"start_at": datetime(2026, 1, 31)}, "time zone"),
             ({"on_failure": "explode"}, "park_key"),
+            ({"batch_size": 0}, "batch_size"),
+            ({"batch_size": True}, "batch_size"),
             ({"guard": 0.5}, "FailureGuard"),
             ({"guard": True}, "FailureGuard"),
             ({"retry": 3}, "RetryPolicy"),

@@ -13,10 +13,12 @@ from voicehelper.conversations.models import Conversation, Message
 from voicehelper.conversations.services import create_conversation, send_message
 from voicehelper.identity.models import ApiToken, Tenant, User
 from voicehelper.identity.services import create_tenant, register_user
+from voicehelper.knowledge.models import Document
+from voicehelper.knowledge.services import upload_document
 from voicehelper.notifications.models import Notification
 from voicehelper.notifications.services import notify
 
-READ_ONLY = [Conversation, Message, Notification, DailyTotal, AuditEntry, ApiToken]
+READ_ONLY = [Conversation, Message, Notification, DailyTotal, AuditEntry, ApiToken, Document]
 MODELS = [Tenant, User, *READ_ONLY]
 
 
@@ -40,6 +42,7 @@ def add_rows(emitted):
         ApiToken.objects.issue(user=user, name=f"Token {number}")
         conversation = create_conversation(user=user, title=f"Title {number}")
         send_message(user=user, conversation_id=conversation.id, content="Hi")
+        upload_document(user=user, data=b"Hi", file_name=f"{number}.txt")
         notify(recipient=user, kind="conversation.created", aggregate_id=str(conversation.id), subject="New")
         created = emitted("conversation.created")[-1:]
         count(created)

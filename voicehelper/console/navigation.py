@@ -27,6 +27,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str, str], ...]], ...] = (
         (
             ("Conversations", "forum", "conversations.Conversation"),
             ("Messages", "chat", "conversations.Message"),
+            ("Documents", "description", "knowledge.Document"),
             ("Notifications", "notifications", "notifications.Notification"),
             ("Daily totals", "monitoring", "analytics.DailyTotal"),
             ("Audit log", "fact_check", "audit.AuditEntry"),

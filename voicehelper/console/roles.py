@@ -8,6 +8,7 @@ from django.apps import apps as global_apps
 LOOK = (
     "events_outbox.view_*",
     "conversations.view_*",
+    "knowledge.view_*",
     "notifications.view_*",
     "analytics.view_*",
     "audit.view_*",

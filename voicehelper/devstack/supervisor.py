@@ -21,13 +21,14 @@ from voicehelper.devstack.apache_kafka import ApacheKafka
 from voicehelper.devstack.child import Child
 from voicehelper.devstack.embedded_broker import EmbeddedBroker
 from voicehelper.devstack.log_stream import LogStream
+from voicehelper.devstack.milvus import MilvusLite
 from voicehelper.devstack.postgres import EmbeddedPostgres
 from voicehelper.devstack.prometheus import Prometheus, is_installed
 from voicehelper.services import BASE_DIR, DATA_DIR, SERVICES_FILE, Services, write_services
 
 HOST = "127.0.0.1"
 TOPICS = ("conversation.events", "document.events", "identity.events", "default.events")
-CONSUMERS = ("analytics", "notification", "audit")
+CONSUMERS = ("analytics", "notification", "audit", "knowledge")
 LONGEST_RESTART_DELAY_SECONDS = 30
 STABLE_AFTER_SECONDS = 60  # a process that ran this long starts over with the shortest delay
 START_SECONDS = 60  # for the web server to answer
@@ -78,6 +79,7 @@ class Ports:
         self.kafka = _port("KAFKA_PORT", 9092)
         self.relay_metrics = _port("METRICS_PORT", 9101)  # the consumers' follow
         self.consumer_metrics = {name: self.relay_metrics + 1 + at for at, name in enumerate(CONSUMERS)}
+        self.milvus = _port("MILVUS_PORT", 19530)
         self.prometheus = _port("PROMETHEUS_PORT", 9090)
         self.starts_prometheus = is_installed() and not os.environ.get("PROMETHEUS_URL")
 
@@ -90,6 +92,8 @@ class Ports:
         wanted += [(port, f"{name}'s metrics", "METRICS_PORT") for name, port in self.consumer_metrics.items()]
         if self.starts_prometheus and "PROMETHEUS_PORT" in os.environ:
             wanted.append((self.prometheus, "Prometheus", "PROMETHEUS_PORT"))
+        if not os.environ.get("MILVUS_URI"):
+            wanted.append((self.milvus, "Milvus Lite", "MILVUS_PORT"))
         if not os.environ.get("KAFKA_BOOTSTRAP_SERVERS"):
             wanted.append((self.kafka, "the Kafka broker", "KAFKA_PORT"))
             if kafka == "apache":
@@ -155,6 +159,9 @@ class Supervisor:
                 self.broker = ApacheKafka(DATA_DIR / "kafka", ports.kafka, output=output)
             else:
                 self.broker = EmbeddedBroker(ports.kafka, TOPICS, output=output)
+        self.milvus: MilvusLite | None = None
+        if not os.environ.get("MILVUS_URI"):
+            self.milvus = MilvusLite(DATA_DIR / "milvus.db", ports.milvus, output=self.log.open("milvus"))
         self.prometheus: Prometheus | None = None
         if ports.starts_prometheus:
             targets = {
@@ -191,7 +198,7 @@ class Supervisor:
 
     def _start(self) -> None:
         self.log.write(f"starting; data is in {DATA_DIR}")
-        servers = [server for server in (self.postgres, self.broker) if server]
+        servers = [server for server in (self.postgres, self.broker, self.milvus) if server]
         for server in servers:
             server.start()
         for server in servers:
@@ -204,6 +211,7 @@ class Supervisor:
                 else os.environ["KAFKA_BOOTSTRAP_SERVERS"],
                 kafka_is_embedded=isinstance(self.broker, EmbeddedBroker),
                 web_url=f"http://{HOST}:{self.ports.web}",
+                milvus_uri=self.milvus.uri if self.milvus else os.environ["MILVUS_URI"],
             )
         )
         self.web.start()  # it takes its seconds to import everything; nobody knows its address yet
@@ -269,7 +277,7 @@ class Supervisor:
             [self.web, self.prometheus],
             self.workers[:1],
             self.workers[1:],
-            [self.broker],
+            [self.broker, self.milvus],
             [self.postgres],
         ):
             self._stop_together([child for child in children if child])

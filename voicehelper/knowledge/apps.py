@@ -1,7 +1,10 @@
-"""The knowledge domain: documents and their index. So far it only declares its event types."""
+"""The knowledge domain: documents, and the search in them."""
 
 from django.apps import AppConfig
 
 
 class KnowledgeConfig(AppConfig):
     name = "voicehelper.knowledge"
+
+    def ready(self) -> None:
+        from . import checks  # noqa: F401  (registers the system check)

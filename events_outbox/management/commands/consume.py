@@ -38,7 +38,7 @@ class Command(BaseCommand):
         parser.add_argument(
             "--until-idle", type=float, metavar="SECONDS", help="return when nothing came for so many seconds"
         )
-        parser.add_argument("--batch-size", type=int, help="events a transaction (default: CONSUMER_BATCH_SIZE)")
+        parser.add_argument("--batch-size", type=int, help="events a transaction (default: the consumer's)")
         parser.add_argument("--metrics-port", type=int, default=0, help="serve /metrics and /livez here (default: off)")
         # What --workers adds for its processes: the descriptor of their socket.
         parser.add_argument("--supervised-by", type=int, help=SUPPRESS)

@@ -24,6 +24,7 @@ from voicehelper.conversations.models import Message
 from voicehelper.conversations.services import create_conversation, send_message
 from voicehelper.identity.models import ApiToken, User
 from voicehelper.identity.services import register_user
+from voicehelper.knowledge.services import upload_document
 from voicehelper.notifications.models import Notification
 from voicehelper.notifications.services import notify
 
@@ -37,6 +38,7 @@ def rows_of(user: User) -> dict[str, object]:
     conversation = create_conversation(user=user, title=f"Title of {user.username}")
     send_message(user=user, conversation_id=conversation.id, content=SECRET)
     notify(recipient=user, kind="conversation.created", aggregate_id=str(conversation.id), subject="New")
+    document = upload_document(user=user, data=SECRET.encode(), file_name="notes.txt")
     event = OutboxEvent.objects.filter(event_type="conversation.message.sent").latest("id")
     parked = UndeliverableEvent.objects.create(
         event=event, topic=event.topic, aggregate_id=event.aggregate_id, reason="OTHER", error="refused"
@@ -60,6 +62,7 @@ def rows_of(user: User) -> dict[str, object]:
         "letter": letter,
         "conversation": conversation,
         "message": Message.objects.get(conversation=conversation),
+        "document": document,
         "notification": Notification.objects.get(recipient=user),
         "user": user,
         "token": ApiToken.objects.issue(user=user, name="laptop").token,
@@ -108,6 +111,7 @@ LISTS = {
         "worker",
     ],
     "conversations": ["conversation", "message"],
+    "knowledge": ["document"],
     "notifications": ["notification"],
     "analytics": ["dailytotal"],
     "audit": ["auditentry"],
@@ -193,6 +197,7 @@ def test_a_payload_takes_its_permission_and_to_see_it_is_noted(member, own, bob,
         (own["letter"], SECRET),
         (own["letter"], SECRET.encode()[:8].hex(" ")),
         (own["message"], SECRET),
+        (own["document"], SECRET),
         (entry, SECRET),
     ):
         OperatorAction.objects.all().delete()
@@ -283,7 +288,18 @@ def others(charlie):
     return rows_of(charlie)
 
 
-CONFINED = ["event", "parked", "letter", "conversation", "message", "notification", "user", "token", "tenant"]
+CONFINED = [
+    "event",
+    "parked",
+    "letter",
+    "conversation",
+    "message",
+    "notification",
+    "user",
+    "token",
+    "tenant",
+    "document",
+]
 
 
 def test_whose_rows_a_user_sees(bob, alice, db):
