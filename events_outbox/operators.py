@@ -24,6 +24,7 @@ ACTIONS = (
     "undeliverable.redriven",
     "undeliverable.discarded",
     "payload.viewed",
+    "delivery.retried",
 )
 """What the audit trail speaks of."""
 
