@@ -171,7 +171,7 @@ def test_list_shows_consumers_and_handlers(capsys):
     assert "analytics" not in text
     assert "by alice: the disk is full" in text
     assert "*  batch   voicehelper.audit.event_handlers.record" in text
-    assert "conversation.created  single  voicehelper.notifications.event_handlers.notify_admins" in text
+    assert "conversation.created       single  voicehelper.notifications.event_handlers.tell" in text
 
 
 def test_list_needs_neither_kafka_nor_a_database(consume):
