@@ -37,12 +37,12 @@ def up_ports() -> dict[str, str]:
     """Free ports for a `make up`, as environment variables."""
     while True:
         first = random.SystemRandom().randrange(20_000, 32_000)
-        if all(supervisor._is_free(port) for port in range(first, first + 8)):
+        if all(supervisor._is_free(port) for port in range(first, first + 12)):
             return {
                 "WEB_PORT": str(first),
                 "KAFKA_PORT": str(first + 1),
                 "METRICS_PORT": str(first + 3),
-                "PROMETHEUS_PORT": str(first + 7),
+                "PROMETHEUS_PORT": str(first + 11),
             }
 
 
