@@ -8,6 +8,7 @@ from uuid import UUID
 from django.db.models import QuerySet
 from django.http import Http404
 from django.shortcuts import get_object_or_404
+from drf_spectacular.utils import extend_schema
 from rest_framework import generics, status
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.request import Request
@@ -140,6 +141,7 @@ class OfTenantAdmins(generics.GenericAPIView[WebhookEndpoint]):
 class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
     """GET the tenant's webhooks, newest first; POST a new one: the answer has its secret, this once."""
 
+    @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer})
     def post(self, request: Request) -> Response:
         new = NewWebhook(data=request.data)
         new.is_valid(raise_exception=True)
@@ -151,6 +153,7 @@ class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
 class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
     """GET a webhook; PATCH what it is told of, or whether at all; DELETE it."""
 
+    @extend_schema(request=ChangedWebhook, responses=WebhookSerializer)
     def patch(self, request: Request, pk: UUID) -> Response:
         changed = ChangedWebhook(data=request.data)
         changed.is_valid(raise_exception=True)
@@ -167,6 +170,7 @@ class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
 class WebhookTestView(OfTenantAdmins):
     """POST to have a test sent to a webhook; its deliveries show what became of it."""
 
+    @extend_schema(request=None, responses={202: WebhookDeliverySerializer})
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             delivery = try_webhook(by=member_of(request), endpoint_id=pk)
@@ -176,6 +180,7 @@ class WebhookTestView(OfTenantAdmins):
 class WebhookSecretView(OfTenantAdmins):
     """POST to have a new secret: the answer has it, this once. The old one's signature is sent along for a day."""
 
+    @extend_schema(request=None, responses=WebhookWithSecretSerializer)
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             endpoint = rotate_webhook_secret(by=member_of(request), endpoint_id=pk)
