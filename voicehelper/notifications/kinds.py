@@ -102,7 +102,10 @@ def _document_failed(event: Event[Any], tenant_id: UUID) -> Facts:
 def _budget_exceeded(event: Event[Any], tenant_id: UUID) -> Facts:
     payload = event.payload
     show = _dollars if payload.measure == "cost_dollars" else _tokens
-    figures = {name: show(getattr(payload, name)) for name in ("value", "average", "limit")}
+    figures: dict[str, Any] = {}
+    for name in ("value", "average", "limit"):
+        figure = getattr(payload, name)
+        figures |= {name: figure if math.isfinite(figure) else None, f"{name}_text": show(figure)}
     return Facts({"day": line(payload.day), "measure": line(payload.measure), **figures})
 
 

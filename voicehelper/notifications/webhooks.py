@@ -95,7 +95,7 @@ def _check_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> No
     """Raise AddressRefused unless it is a public one; in development every one will do."""
     if settings.IS_DEV:
         return
-    for one in (address, *_embedded(address)):
+    for one in [*_embedded(address)] or [address]:
         if not one.is_global or one.is_multicast or one.is_reserved or one.is_unspecified:
             raise AddressRefused("The host is not at a public address.")
 

@@ -36,7 +36,7 @@ def test_a_line(text, expected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_texts(kind):
-    texts = render(kind, {"title": "Plan", "tenant": "Demo", "value": "$1", "day": "2026-01-31"})
+    texts = render(kind, {"title": "Plan", "tenant": "Demo", "value_text": "$1", "day": "2026-01-31"})
     assert texts.subject and texts.body
     assert texts.body in texts.email_text and "Demo" in texts.email_text and "Demo" in texts.email_html
     assert texts.email_html.startswith("<!doctype html>") and texts.email_html.count("<h1") == 1
@@ -49,7 +49,7 @@ def test_no_template_is_left_over():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_users_words_are_escaped_in_html_and_not_in_text(kind):
-    words = dict.fromkeys(("title", "mode", "reason", "error", "tenant", "day", "value", "limit"), HOSTILE)
+    words = dict.fromkeys(("title", "mode", "reason", "error", "tenant", "day", "value_text", "limit_text"), HOSTILE)
     texts = render(kind, words)
     assert "<script" not in texts.email_html and settings.SECRET_KEY not in texts.email_html
     assert "&lt;script&gt;" in texts.email_html and "&amp; {{ settings" in texts.email_html

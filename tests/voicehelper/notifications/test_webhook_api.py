@@ -1,12 +1,14 @@
+import json
 import uuid
 
 import pytest
 
 from tests.voicehelper.conftest import assert_problem
-from tests.voicehelper.notifications.conftest import deliver, document_failed, document_indexed
+from tests.voicehelper.notifications.conftest import deliver, document_failed, document_indexed, happened
 from tests.voicehelper.notifications.servers import is_signed
 from voicehelper.notifications.models import Delivery, WebhookEndpoint
 from voicehelper.notifications.services import create_webhook
+from voicehelper.proto.analytics_pb2 import BudgetExceededPayload
 
 WEBHOOKS = "/api/v1/webhooks"
 
@@ -85,6 +87,17 @@ def test_what_it_is_told(api, alice, bob, receiver):
     assert data["data"]["tenant_id"] == str(alice.tenant_id)
     assert (data["data"]["title"], data["data"]["error"]) == ("Grüße <b>", "It is no PDF.")
     assert data["data"]["subject"] == "Document could not be read: Grüße <b>"
+
+
+@pytest.mark.parametrize(("value", "shown"), [(1234.5, "$1,234.50"), (float("nan"), "unknown")])
+def test_figures_are_numbers_and_it_is_json_whatever_they_are(alice, webhook, receiver, value, shown):
+    payload = BudgetExceededPayload(day="2026-01-31", measure="cost_dollars", value=value, average=100, limit=300)
+    happened("analytics.budget.exceeded", payload, tenant=alice.tenant)
+    deliver()
+    [(_, body)] = receiver.requests
+    data = json.loads(body, parse_constant=pytest.fail)["data"]
+    assert data["value"] == (None if value != value else value) and data["value_text"] == shown
+    assert (data["average"], data["limit"], data["day"]) == (100, 300, "2026-01-31")
 
 
 def test_switched_off_and_on(api, alice, bob, webhook, receiver):

@@ -129,6 +129,11 @@ def test_an_address_that_is_not_public_is_refused_at_once_and_when_sent_to(produ
     assert post(endpoint_to(f"https://{host}/"), delivery()) == Outcome("The host is not at a public address.")
 
 
+@pytest.mark.parametrize("host", ["::ffff:93.184.216.34", "64:ff9b::5db8:d822"])
+def test_a_public_address_behind_a_gateway_will_do(production, host):
+    check_url(f"https://[{host}]/")
+
+
 @pytest.mark.parametrize("host", DISGUISED)
 def test_a_name_that_leads_to_one_is_refused_when_it_is_sent_to(production, host):
     with pytest.raises(AddressRefused, match="public address"):
