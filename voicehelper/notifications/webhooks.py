@@ -174,6 +174,8 @@ def post(endpoint: WebhookEndpoint, delivery: Delivery) -> Outcome:
         with _hanging_up_at(connection.sock, connection.deadline):
             connection.request("POST", target, body, headers)
             answer = connection.getresponse()
+            if 200 <= answer.status < 300:
+                return Outcome()
             text = line(answer.read(4 * KEPT_CHARS).decode(errors="replace"), KEPT_CHARS)
     except (OSError, http.client.HTTPException, ValueError) as error:
         is_late = time.monotonic() >= connection.deadline
@@ -181,12 +183,10 @@ def post(endpoint: WebhookEndpoint, delivery: Delivery) -> Outcome:
         return Outcome(told, may_try_again=True, is_receivers=True)
     finally:
         connection.close()
-    return _outcome(answer, text)
+    return _refusal(answer, text)
 
 
-def _outcome(answer: http.client.HTTPResponse, text: str) -> Outcome:
-    if 200 <= answer.status < 300:
-        return Outcome()
+def _refusal(answer: http.client.HTTPResponse, text: str) -> Outcome:
     error = f"HTTP {answer.status}{': ' if text else ''}{text}"
     if answer.status == 410:
         return Outcome(error, is_receivers=True, wants_no_more=True)
