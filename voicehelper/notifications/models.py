@@ -132,7 +132,8 @@ class DeliveryQuerySet(models.QuerySet["Delivery"]):
 
     def abandoned(self, channel: str, lease: timedelta) -> "DeliveryQuerySet":
         """What a worker began to send and never came back from."""
-        return self.filter(state=Delivery.State.SENDING, channel=channel, claimed_at__lt=Now() - lease)
+        sending = self.filter(state=Delivery.State.SENDING, channel=channel, claimed_at__lt=Now() - lease)
+        return sending.order_by("claimed_at")
 
 
 class Delivery(models.Model):

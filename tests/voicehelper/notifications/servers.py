@@ -68,7 +68,7 @@ class _Smtp(socketserver.StreamRequestHandler):
                 return
             else:
                 if command == "RCPT":
-                    self.owner.recipients.append(line.decode().strip())
+                    self.owner.recipients.append(line.decode().partition("<")[2].partition(">")[0])
                 done = self._answer(command, "250 ok")
             if not done:
                 return

@@ -112,13 +112,13 @@ def test_no_header_is_injected_into_a_mail(bob, mail_server):
     [mail] = mail_server.mails
     assert mail["Bcc"] is None and mail["X-Evil"] is None
     assert mail["Subject"].startswith("Document could not be read: Plan Bcc: eve@example.com X-Evil: yes")
-    assert mail_server.recipients == ["RCPT TO:<bob@example.com>"]
+    assert mail_server.recipients == ["bob@example.com"]
 
 
 def test_nor_by_what_is_in_the_database(waiting, mail_server):
     Delivery.objects.update(subject="Plan\r\nBcc: eve@example.com")
     deliver()
-    assert mail_server.mails[0]["Bcc"] is None and mail_server.recipients == ["RCPT TO:<bob@example.com>"]
+    assert mail_server.mails[0]["Bcc"] is None and mail_server.recipients == ["bob@example.com"]
 
 
 @pytest.mark.parametrize("address", ["", "bob", "bob@example.com\r\nRCPT TO:<eve@example.com>", "a@b, eve@example.com"])
