@@ -41,7 +41,8 @@ class Running:
 class MailServer(Running):
     """SMTP. `answers`: what it says instead of yes, by command, "." being the end of a mail.
 
-    An answer of "hang" keeps the client waiting, one of "drop" ends the connection; after "." the mail is kept.
+    An answer of "hang" keeps the client waiting, one of "wait" until `released` and then says yes, one of "drop" ends
+    the connection; after "." the mail is kept.
     """
 
     def __init__(self):
@@ -90,6 +91,9 @@ class _Smtp(socketserver.StreamRequestHandler):
     def _answer(self, command, usual):
         answer = self.owner.answers.get(command, usual)
         self.owner.reached.set()
+        if answer == "wait":
+            answer = usual
+            self.owner.released.wait(60)
         if answer in ("hang", "drop"):
             if answer == "hang":
                 self.owner.released.wait(60)

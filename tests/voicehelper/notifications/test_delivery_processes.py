@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import httpx
 import pytest
+from django.db import connection
 from django.utils import timezone
 
 from events_outbox.models import OutboxEvent
@@ -106,17 +107,33 @@ def test_two_workers_at_once_send_each_once(workers, alice, bob, webhook, receiv
     assert emitted("notification.sent").count() == by_receiver + in_app
 
 
-def test_a_worker_told_to_stop_finishes_what_it_sends(workers, bob, mail_server, webhook, receiver):
-    mail_server.answers["."] = "hang"
+def test_a_worker_told_to_stop_finishes_what_it_sends(workers, bob, mail_server):
+    mail_server.answers["."] = "wait"
     document_failed(bob)
     worker = workers.manage("deliver_notifications", "--channel", "email")
     eventually(lambda: mail_server.mails, 20)
     document_failed(bob)
     worker.send_signal(signal.SIGTERM)
-    mail_server.answers.clear()
-    mail_server.released.set()  # the line breaks
+    mail_server.released.set()
     assert worker.wait(20) == 0
-    assert states("email") == {"failed": 1, "pending": 1}
+    assert states("email") == {"sent": 1, "pending": 1}
+
+
+def test_an_outcome_is_not_lost_with_the_database_session(workers, bob, mail_server):
+    mail_server.answers["."] = "wait"
+    document_failed(bob)
+    workers.manage("deliver_notifications")
+    eventually(lambda: mail_server.mails, 20)
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        assert cursor.fetchone()[0] >= 2
+    mail_server.released.set()
+    eventually(lambda: states("email") == {"sent": 1})
+    document_failed(bob)
+    eventually(lambda: states("email") == {"sent": 2})
 
 
 def test_a_worker_is_looked_at_and_stops_when_it_is_told_to(workers, db):
