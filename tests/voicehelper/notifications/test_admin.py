@@ -1,8 +1,13 @@
 """Deliveries, webhooks and preferences in the admin: who sees what, and who may have what tried again."""
 
+from importlib import import_module
+
 import pytest
+from django.apps import apps
 from django.contrib.auth.models import Group
+from django.db import connection
 from django.test import Client
+from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
 
 from events_outbox.models import OperatorAction
@@ -10,7 +15,7 @@ from tests.voicehelper.conftest import PASSWORD
 from tests.voicehelper.notifications.conftest import document_failed
 from voicehelper.console.roles import create_roles
 from voicehelper.identity.models import User
-from voicehelper.identity.services import register_user
+from voicehelper.identity.services import create_tenant, register_user
 from voicehelper.notifications.models import Delivery, NotificationPreference, WebhookEndpoint
 from voicehelper.notifications.services import create_webhook, set_preferences
 from voicehelper.notifications.webhooks import secret_of
@@ -183,3 +188,36 @@ def test_nothing_is_added_changed_or_deleted(staff, failed, alice):
     alice_client = client_of(alice)
     for page in ("add/", f"{failed.pk}/change/", f"{failed.pk}/delete/"):
         assert alice_client.post(f"{LIST}{page}", {"post": "yes"}).status_code == 403
+
+
+@pytest.mark.parametrize("model", ["delivery", "webhookendpoint", "notificationpreference"])
+def test_a_list_costs_as_many_queries_for_many_rows_as_for_few(member, model):
+    viewer, url = member("Viewer"), reverse(f"admin:notifications_{model}_changelist")
+
+    def queries_after(*numbers):
+        for number in numbers:
+            tenant = create_tenant(name=f"Tenant {number}")
+            user = register_user(tenant=tenant, username=f"user-{number}", password=PASSWORD, role=User.Role.ADMIN)
+            User.objects.filter(id=user.id).update(email="one@example.com")
+            create_webhook(by=user, url="https://example.com/")
+            set_preferences(user=user, preferences=[("document.indexed", "email", True)])
+            document_failed(user)
+        with CaptureQueriesContext(connection) as queries:
+            assert len(viewer.get(url).context["cl"].result_list) > numbers[-1]
+        return len(queries)
+
+    queries_after(0)
+    assert queries_after(1) == queries_after(2, 3, 4, 5)
+
+
+def test_a_migrated_database_has_the_roles_permissions(db):
+    Group.objects.all().delete()
+    for name in ("Viewer", "Operator", "Admin"):
+        Group.objects.create(name=name)
+    migration = import_module("voicehelper.notifications.migrations.0003_roles")
+    with connection.schema_editor() as editor:
+        migration.grant(apps, editor)
+    look = {"view_delivery", "view_webhookendpoint", "view_notificationpreference"}
+    operate = look | {"retry_delivery"}
+    for name, expected in (("Viewer", look), ("Operator", operate), ("Admin", operate)):
+        assert set(Group.objects.get(name=name).permissions.values_list("codename", flat=True)) == expected
