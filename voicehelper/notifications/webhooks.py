@@ -32,6 +32,8 @@ from .models import Delivery, WebhookEndpoint
 from .outcomes import Outcome
 from .texts import line
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
 ROTATION_OVERLAP = timedelta(days=1)
 """So long after a rotation the old secret's signature is sent along."""
 ANSWER_SECONDS = 10.0
@@ -41,7 +43,7 @@ KEPT_CHARS = 500
 LONGEST_WAIT_SECONDS = 3600.0
 """That a receiver may ask for with Retry-After."""
 USER_AGENT = "VoiceHelper-Webhooks/1"
-_SECRET_PREFIX = "whsec_"  # noqa: S105  (no secret: what each begins with)
+_PREFIX = "whsec_"
 
 
 class AddressRefused(Exception):
@@ -91,7 +93,7 @@ def resolve(host: str, port: int) -> list[str]:
     return addresses
 
 
-def _check_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+def _check_address(address: Address) -> None:
     """Raise AddressRefused unless it is a public one; in development every one will do."""
     if settings.IS_DEV:
         return
@@ -100,7 +102,7 @@ def _check_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> No
             raise AddressRefused("The host is not at a public address.")
 
 
-def _embedded(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> Iterator[ipaddress.IPv4Address]:
+def _embedded(address: Address) -> Iterator[Address]:
     """The IPv4 addresses that an IPv6 address leads to by way of a gateway."""
     if isinstance(address, ipaddress.IPv4Address):
         return
@@ -133,12 +135,12 @@ def secrets_of(endpoint: WebhookEndpoint) -> list[str]:
 
 def _secret(key: str | bytes, salt: str) -> str:
     derived = hmac.new(force_bytes(key), f"webhook secret {salt}".encode(), hashlib.sha256).digest()
-    return _SECRET_PREFIX + base64.b64encode(derived).decode()
+    return _PREFIX + base64.b64encode(derived).decode()
 
 
 def sign(secret: str, *, message_id: str, timestamp: int, body: bytes) -> str:
     """One signature of the header `webhook-signature`."""
-    key = base64.b64decode(secret.removeprefix(_SECRET_PREFIX))
+    key = base64.b64decode(secret.removeprefix(_PREFIX))
     digest = hmac.new(key, f"{message_id}.{timestamp}.".encode() + body, hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
 

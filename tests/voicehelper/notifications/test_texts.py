@@ -67,3 +67,8 @@ def test_a_title_is_cut_and_stays_one_line_wherever_it_comes(bob):
 def test_a_conversations_title_is_escaped(bob):
     conversation_failed(bob, title="<b>Roadmap</b>")
     assert "&lt;b&gt;Roadmap&lt;/b&gt;" in Delivery.objects.get().body_html
+
+
+def test_a_subject_is_one_line_whatever_a_template_is_given():
+    subject = render("document.failed", {"title": "Plan\r\nBcc: all@example.com" + "x" * 500}).subject
+    assert subject.startswith("Document could not be read: Plan Bcc: all@example.com") and len(subject) == 250
