@@ -76,14 +76,14 @@ class NotificationReadView(APIView):
         return Response(NotificationSerializer(notification).data)
 
 
-class NotificationPreferencesView(generics.GenericAPIView[NotificationPreference]):
+class NotificationPreferencesView(APIView):
     """GET what one is told of, and how; PUT what one prefers: what is left out follows the default."""
 
-    serializer_class = PreferencesSerializer
-
+    @extend_schema(responses=PreferencesSerializer)
     def get(self, request: Request) -> Response:
         return Response({"preferences": _preferences_of(member_of(request))})
 
+    @extend_schema(request=PreferencesSerializer, responses=PreferencesSerializer)
     def put(self, request: Request) -> Response:
         new = PreferencesSerializer(data=request.data)
         new.is_valid(raise_exception=True)

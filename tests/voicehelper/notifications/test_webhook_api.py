@@ -183,6 +183,17 @@ def test_another_tenants_webhooks_are_not_listed_and_not_told(api, bob, charlie,
     assert receiver.requests == []
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["notifications", "notification-preferences", "webhooks", *(f"webhooks/{{id}}{path}" for _, path in ENDPOINTS)],
+)
+def test_what_may_be_done_can_be_asked(api, alice, charlie, webhook, url):
+    address = f"/api/v1/{url.format(id=webhook.id)}"
+    assert api(alice).options(address).status_code == 200
+    if "{id}" in url:
+        assert webhook.url not in api(charlie).options(address).content.decode()
+
+
 @pytest.mark.parametrize(("method", "path"), [("get", None), ("post", None), *ENDPOINTS])
 def test_webhooks_are_for_admins(api, client, bob, webhook, method, path):
     url = WEBHOOKS if path is None else f"{WEBHOOKS}/{webhook.id}{path}"
