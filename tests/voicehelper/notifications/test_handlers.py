@@ -196,4 +196,5 @@ def test_an_unknown_tenant_is_nobody(db):
 
 def test_the_consumer_handles_all_kinds_and_nothing_it_emits():
     assert set(consumer.event_types) == set(KINDS)
+    assert consumer.topics == ["conversation.events", "default.events", "document.events"]
     assert not [kind for kind in KINDS if kind.startswith("notification.")]
