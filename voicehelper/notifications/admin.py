@@ -138,6 +138,7 @@ class WebhookEndpointAdmin(ReadOnlyAdmin):
     exact_search = ["id"]
     search_help_text = "an id, whole"
     exclude = ["salt", "previous_salt", "previous_salt_until"]  # what a secret is made of
+    export_fields = ["id", "tenant_id", "url", "active", "failures", "created_by_id", "created_at", "deleted_at"]
 
     def lookup_allowed(self, lookup: str, value: Any, request: HttpRequest) -> bool:
         """No list is filtered by what may not be seen: it could be guessed letter by letter."""

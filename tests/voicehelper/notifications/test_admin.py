@@ -153,6 +153,8 @@ def test_no_secret_of_a_webhook_is_shown(member, webhook):
             assert "127.0.0.1" in page
             assert webhook.salt not in page and secret_of(webhook) not in page
     url = reverse("admin:notifications_webhookendpoint_changelist")
+    exported = b"".join(client.get(reverse("admin:notifications_webhookendpoint_export")).streaming_content).decode()
+    assert webhook.url in exported and webhook.salt not in exported
     for lookup in ("salt__startswith", "previous_salt__startswith", "salt"):
         assert client.get(url, {lookup: webhook.salt[0]}).status_code == 400
     assert client.get(LIST, {"endpoint__salt__startswith": webhook.salt[0]}).status_code == 400
