@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from django.contrib import admin
+from django.contrib import admin, messages
 from django.db.models import QuerySet
 from django.db.models.constants import LOOKUP_SEP
 from django.http import HttpRequest, HttpResponse
@@ -11,6 +11,7 @@ from events_outbox.admin import ReadOnlyAdmin
 from events_outbox.admin.cells import moment, one_line
 from events_outbox.admin.confirmation import chosen_again, confirm, is_confirmed
 from events_outbox.admin.filters import ChoiceFilter, FieldChoiceFilter
+from events_outbox.admin.read_only import AT_ONCE
 
 from .deliveries import retry_deliveries
 from .kinds import KINDS
@@ -98,8 +99,10 @@ class DeliveryAdmin(ReadOnlyAdmin):
     @admin.action(description="Try failed ones again", permissions=["retry"])
     def retry(self, request: HttpRequest, queryset: QuerySet[Delivery]) -> HttpResponse | None:
         """Have failed deliveries tried again, when that is confirmed."""
-        chosen = self.few(request, queryset, "deliver_notifications")
-        if chosen is None:
+        whole = queryset.select_related("recipient", "endpoint").order_by("id").defer(*self.list_defer)
+        chosen = list(whole[: AT_ONCE + 1])
+        if len(chosen) > AT_ONCE:
+            self.message_user(request, f"Select at most {AT_ONCE}: filter by state and date", messages.ERROR)
             return None
         failed = [delivery for delivery in chosen if delivery.state == Delivery.State.FAILED]
         if is_confirmed(request):

@@ -109,6 +109,15 @@ def test_from_its_page_as_well(member, failed):
     assert url not in page
 
 
+def test_so_many_at_once_at_most(member, failed, monkeypatch):
+    monkeypatch.setattr("voicehelper.notifications.admin.AT_ONCE", 0)
+    operator = member("Operator")
+    answer = operator.post(LIST, {"action": "retry", "_selected_action": [failed.pk], "confirmed": "yes"}, follow=True)
+    assert b"Select at most 0" in answer.content
+    failed.refresh_from_db()
+    assert failed.state == "failed"
+
+
 def test_who_may_only_look_has_nothing_tried_again(member, failed):
     viewer = member("Viewer")
     assert viewer.get(LIST).status_code == 200
