@@ -25,6 +25,7 @@ ACTIONS = (
     "undeliverable.discarded",
     "payload.viewed",
     "token.revoked",
+    "delivery.retried",
 )
 """What the audit trail speaks of."""
 

@@ -58,7 +58,7 @@ def test_valid_against_the_compose_schema():
 def test_every_part_is_there():
     consumers = {f"consumer-{name}" for name in CONSUMERS}
     assert set(SERVICES) == consumers | {
-        *("postgres", "kafka", "redis", "migrate", "web", "relay"),
+        *("postgres", "kafka", "redis", "migrate", "web", "relay", "delivery"),
         *("prometheus", "alertmanager", "grafana", "otel-collector", "jaeger"),
     }
     assert SERVICES["relay"]["deploy"]["replicas"] == 2
@@ -171,6 +171,12 @@ def test_consumer_is_one_and_is_probed_and_scraped_on_its_port(consumer, port):
     assert f"consume {consumer} --metrics-port {port}" in command_line(name)
     assert probed(name) == f"http://127.0.0.1:{port}/livez"
     assert f"{name}:{port}" in scraped()["consumer"]["static_configs"][0]["targets"]
+
+
+def test_deliveries_are_sent_probed_and_scraped_on_their_port():
+    assert "deliver_notifications --metrics-port 9110" in command_line("delivery")
+    assert probed("delivery") == "http://127.0.0.1:9110/livez"
+    assert scraped()["delivery"]["static_configs"][0]["targets"] == ["delivery:9110"]
 
 
 def scraped():

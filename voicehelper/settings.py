@@ -7,6 +7,7 @@ import dj_database_url
 from django.templatetags.static import static
 
 from voicehelper.assistant.conf import assistant_settings, llm_prices
+from voicehelper.email_settings import email_settings
 from voicehelper.identity.conf import tenant_requests_per_minute
 from voicehelper.kafka_security import kafka_security
 from voicehelper.knowledge.conf import knowledge_from
@@ -122,6 +123,13 @@ CACHES: dict[str, Any] = {
     "process": {"BACKEND": "monitoring.caches.LocMemCache", "LOCATION": "process"},
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
+
+# EMAIL_URL or single variables, EMAIL_FROM: see voicehelper/email_settings.py.
+_email = email_settings(os.environ, is_dev=IS_DEV)
+EMAIL_IS_CONFIGURED = _email.is_configured
+EMAIL_BACKEND, EMAIL_TIMEOUT, DEFAULT_FROM_EMAIL = _email.backend, _email.timeout_seconds, _email.sender
+EMAIL_HOST, EMAIL_PORT, EMAIL_HOST_USER, EMAIL_HOST_PASSWORD = _email.host, _email.port, _email.user, _email.password
+EMAIL_USE_TLS, EMAIL_USE_SSL = _email.security == "starttls", _email.security == "tls"
 
 LOGIN_URL = "admin:login"
 LOGIN_REDIRECT_URL = "admin:index"

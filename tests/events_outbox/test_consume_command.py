@@ -168,10 +168,10 @@ def test_list_shows_consumers_and_handlers(capsys):
     assert listed[1]["paused"] is True
 
     text = output_of(capsys, "consume", "--list", "audit", "notification")
-    assert "analytics" not in text
+    assert "analytics-service" not in text
     assert "by alice: the disk is full" in text
     assert "*  batch   voicehelper.audit.event_handlers.record" in text
-    assert "conversation.created  single  voicehelper.notifications.event_handlers.notify_admins" in text
+    assert "conversation.created       single  voicehelper.notifications.event_handlers.tell" in text
 
 
 def test_list_needs_neither_kafka_nor_a_database(consume):

@@ -343,6 +343,7 @@ class TestPorts:
             ("KAFKA_PORT", 1, "Kafka's controller"),
             ("METRICS_PORT", 0, "the relay's metrics"),
             ("METRICS_PORT", 3, "audit's metrics"),
+            ("METRICS_PORT", 4, "delivery's metrics"),
             pytest.param("PROMETHEUS_PORT", 0, "Prometheus", marks=pytest.mark.needs_tool("prometheus")),
         ],
     )
@@ -447,7 +448,7 @@ class TestUp:
             answer = httpx.get(url, params={"query": "count by (job) (up == 1)"}).json()["data"]["result"]
             return {series["metric"]["job"]: int(series["value"][1]) for series in answer}
 
-        wait_for(lambda: scraped() == {"web": 1, "relay": 1, "consumer": 3}, "all five scraped")
+        wait_for(lambda: scraped() == {"web": 1, "relay": 1, "consumer": 3, "delivery": 1}, "all six scraped")
         rules = httpx.get(url.removesuffix("query") + "rules").json()["data"]["groups"]
         assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
         assert len(rules) > 1

@@ -23,6 +23,7 @@ OPERATE = (
     "events_outbox.discard_deadletter",
     "events_outbox.pause_relay",
     "events_outbox.pause_consumer",
+    "notifications.retry_*",  # a pattern: it may not be there yet when the roles are made
 )
 ADMINISTER = (
     "events_outbox.view_payload",

@@ -80,6 +80,7 @@ class Ports:
         self.relay_metrics = _port("METRICS_PORT", 9101)  # the consumers' follow
         self.consumer_metrics = {name: self.relay_metrics + 1 + at for at, name in enumerate(CONSUMERS)}
         self.milvus = _port("MILVUS_PORT", 19530)
+        self.delivery_metrics = self.relay_metrics + 1 + len(CONSUMERS)
         self.prometheus = _port("PROMETHEUS_PORT", 9090)
         self.starts_prometheus = is_installed() and not os.environ.get("PROMETHEUS_URL")
 
@@ -90,6 +91,7 @@ class Ports:
             (self.relay_metrics, "the relay's metrics", "METRICS_PORT"),
         ]
         wanted += [(port, f"{name}'s metrics", "METRICS_PORT") for name, port in self.consumer_metrics.items()]
+        wanted.append((self.delivery_metrics, "delivery's metrics", "METRICS_PORT"))
         if self.starts_prometheus and "PROMETHEUS_PORT" in os.environ:
             wanted.append((self.prometheus, "Prometheus", "PROMETHEUS_PORT"))
         if not os.environ.get("MILVUS_URI"):
@@ -168,6 +170,7 @@ class Supervisor:
                 "web": [ports.web],
                 "relay": [ports.relay_metrics],
                 "consumer": [*ports.consumer_metrics.values()],
+                "delivery": [ports.delivery_metrics],
             }
             output = self.log.open("prometheus")
             self.prometheus = Prometheus(DATA_DIR / "prometheus", ports.prometheus, targets, output=output)
@@ -177,6 +180,8 @@ class Supervisor:
         self.workers = [self._child("relay", relay)]
         for name, port in ports.consumer_metrics.items():
             self.workers.append(self._child(name, [*MANAGE, "consume", name, f"--metrics-port={port}"]))
+        delivery = [*MANAGE, "deliver_notifications", f"--metrics-port={ports.delivery_metrics}"]
+        self.workers.append(self._child("delivery", delivery))
         self.prepare_output = self.log.open("prepare")
         self.preparing: Child | None = None
         self.watched: list[Watched] = []
@@ -339,7 +344,7 @@ class Supervisor:
   API      {web}/api/v1/
   Admin    {web}/admin/
   Metrics  {web}/metrics   relay :{self.ports.relay_metrics}, consumers \
-{", ".join(f":{port}" for port in self.ports.consumer_metrics.values())}
+{", ".join(f":{port}" for port in self.ports.consumer_metrics.values())}, delivery :{self.ports.delivery_metrics}
   Figures  {self._figures()}
   Kafka    {self.broker.bootstrap_servers if self.broker else os.environ["KAFKA_BOOTSTRAP_SERVERS"]}
 

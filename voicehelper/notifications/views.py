@@ -1,19 +1,59 @@
-"""API of the notification domain. Everybody sees their own only."""
+"""API of the notification domain. Everybody sees their own only; webhooks are for the tenant's admins."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 from django.db.models import QuerySet
 from django.http import Http404
-from rest_framework import generics
+from django.shortcuts import get_object_or_404
+from drf_spectacular.utils import extend_schema
+from rest_framework import generics, status
+from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from voicehelper.identity.permissions import member_of
+from voicehelper.identity.models import User
+from voicehelper.identity.permissions import IsTenantMember, member_of
 
-from .models import Notification
-from .serializers import NotificationSerializer
-from .services import mark_read
+from .kinds import KINDS, USER_CHANNELS
+from .models import Delivery, Notification, NotificationPreference, WebhookEndpoint
+from .serializers import (
+    ChangedWebhook,
+    NewWebhook,
+    NotificationSerializer,
+    PreferencesSerializer,
+    WebhookDeliverySerializer,
+    WebhookSerializer,
+    WebhookWithSecretSerializer,
+)
+from .services import (
+    PreferenceRefused,
+    TooManyWebhooks,
+    change_webhook,
+    create_webhook,
+    delete_webhook,
+    mark_read,
+    rotate_webhook_secret,
+    set_preferences,
+    try_webhook,
+)
+from .webhooks import AddressRefused
+
+
+class Conflict(APIException):
+    status_code = status.HTTP_409_CONFLICT
+
+
+class IsTenantAdmin(IsTenantMember):
+    """Lets in an admin of a tenant."""
+
+    message = "This is for the admins of your tenant."
+
+    def has_permission(self, request: Request, view: Any) -> bool:
+        return super().has_permission(request, view) and member_of(request).role == User.Role.ADMIN
 
 
 class NotificationsView(generics.ListAPIView[Notification]):
@@ -34,3 +74,125 @@ class NotificationReadView(APIView):
         except Notification.DoesNotExist as error:
             raise Http404("No such notification.") from error
         return Response(NotificationSerializer(notification).data)
+
+
+class NotificationPreferencesView(APIView):
+    """GET what one is told of, and how; PUT what one prefers: what is left out follows the default."""
+
+    @extend_schema(responses=PreferencesSerializer)
+    def get(self, request: Request) -> Response:
+        return Response({"preferences": _preferences_of(member_of(request))})
+
+    @extend_schema(request=PreferencesSerializer, responses=PreferencesSerializer)
+    def put(self, request: Request) -> Response:
+        new = PreferencesSerializer(data=request.data)
+        new.is_valid(raise_exception=True)
+        chosen = [
+            (preference["kind"], preference["channel"], preference["enabled"])
+            for preference in new.validated_data["preferences"]
+        ]
+        try:
+            set_preferences(user=member_of(request), preferences=chosen)
+        except PreferenceRefused as error:
+            raise ValidationError({"preferences": [str(error)]}) from error
+        return self.get(request)
+
+
+def _preferences_of(user: User) -> list[dict[str, Any]]:
+    own = {
+        (preference.kind, preference.channel): preference.enabled
+        for preference in NotificationPreference.objects.filter(user=user)
+    }
+    return [
+        {
+            "kind": name,
+            "channel": channel.value,
+            "enabled": kind.is_fixed(channel) or own.get((name, channel.value), kind.is_default(channel)),
+            "can_be_changed": not kind.is_fixed(channel),
+        }
+        for name, kind in KINDS.items()
+        for channel in USER_CHANNELS
+    ]
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turn what the services refuse into answers."""
+    try:
+        yield
+    except WebhookEndpoint.DoesNotExist as error:
+        raise Http404("No such webhook.") from error
+    except AddressRefused as error:
+        raise ValidationError({"url": [str(error)]}) from error
+    except TooManyWebhooks as error:
+        raise Conflict(str(error)) from error
+
+
+class OfTenantAdmins(generics.GenericAPIView[WebhookEndpoint]):
+    """A view of the tenant's webhooks."""
+
+    permission_classes = (IsTenantAdmin,)
+    serializer_class = WebhookSerializer
+
+    def get_queryset(self) -> QuerySet[WebhookEndpoint]:
+        return WebhookEndpoint.objects.for_tenant(member_of(self.request).own_tenant_id)
+
+
+class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
+    """GET the tenant's webhooks, newest first; POST a new one: the answer has its secret, this once."""
+
+    @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer})
+    def post(self, request: Request) -> Response:
+        new = NewWebhook(data=request.data)
+        new.is_valid(raise_exception=True)
+        with refusals():
+            endpoint = create_webhook(by=member_of(request), **new.validated_data)
+        return Response(WebhookWithSecretSerializer(endpoint).data, status=status.HTTP_201_CREATED)
+
+
+class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
+    """GET a webhook; PATCH what it is told of, or whether at all; DELETE it."""
+
+    @extend_schema(request=ChangedWebhook, responses=WebhookSerializer)
+    def patch(self, request: Request, pk: UUID) -> Response:
+        changed = ChangedWebhook(data=request.data)
+        changed.is_valid(raise_exception=True)
+        with refusals():
+            endpoint = change_webhook(by=member_of(request), endpoint_id=pk, **changed.validated_data)
+        return Response(WebhookSerializer(endpoint).data)
+
+    def delete(self, request: Request, pk: UUID) -> Response:
+        with refusals():
+            delete_webhook(by=member_of(request), endpoint_id=pk)
+        return Response(status=status.HTTP_204_NO_CONTENT)
+
+
+class WebhookTestView(OfTenantAdmins):
+    """POST to have a test sent to a webhook; its deliveries show what became of it."""
+
+    @extend_schema(request=None, responses={202: WebhookDeliverySerializer})
+    def post(self, request: Request, pk: UUID) -> Response:
+        with refusals():
+            delivery = try_webhook(by=member_of(request), endpoint_id=pk)
+        return Response(WebhookDeliverySerializer(delivery).data, status=status.HTTP_202_ACCEPTED)
+
+
+class WebhookSecretView(OfTenantAdmins):
+    """POST to have a new secret: the answer has it, this once. The old one's signature is sent along for a day."""
+
+    @extend_schema(request=None, responses=WebhookWithSecretSerializer)
+    def post(self, request: Request, pk: UUID) -> Response:
+        with refusals():
+            endpoint = rotate_webhook_secret(by=member_of(request), endpoint_id=pk)
+        return Response(WebhookWithSecretSerializer(endpoint).data)
+
+
+class WebhookDeliveriesView(generics.ListAPIView[Delivery]):
+    """GET what was, or is to be, sent to a webhook, newest first."""
+
+    permission_classes = (IsTenantAdmin,)
+    serializer_class = WebhookDeliverySerializer
+
+    def get_queryset(self) -> QuerySet[Delivery]:
+        endpoints = WebhookEndpoint.objects.for_tenant(member_of(self.request).own_tenant_id)
+        return get_object_or_404(endpoints, pk=self.kwargs["pk"]).deliveries.all()

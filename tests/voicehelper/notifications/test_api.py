@@ -21,7 +21,7 @@ def test_own_notifications_newest_first(api, alice, notification, django_assert_
     with django_assert_num_queries(2):  # the token with its user, the page
         rows = client.get(NOTIFICATIONS).json()["results"]
     assert [row["id"] for row in rows] == [str(newer.id), str(notification.id)]
-    assert set(rows[0]) == {"id", "kind", "aggregate_id", "subject", "created_at", "read_at"}
+    assert set(rows[0]) == {"id", "kind", "aggregate_id", "subject", "body", "created_at", "read_at"}
     assert rows[0]["read_at"] is None
 
 

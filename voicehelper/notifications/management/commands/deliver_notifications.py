@@ -1,0 +1,32 @@
+from functools import partial
+from typing import Any
+
+from django.core.management.base import BaseCommand, CommandParser
+
+from events_outbox.management.process import Together, run_until_signalled
+from monitoring.worker import Worker
+from voicehelper.notifications.deliveries import DeliveryLoop
+from voicehelper.notifications.models import Channel
+
+STALE_SECONDS = 120.0
+"""One e-mail may take its while: each step of it has a timeout of its own."""
+
+
+class Command(BaseCommand):
+    help = "Send what notifications have for e-mail and webhooks. Run as many as you like: they share the work."
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        channels = [Channel.EMAIL.value, Channel.WEBHOOK.value]
+        parser.add_argument("--channel", choices=channels, help="send by this one alone (default: both, side by side)")
+        parser.add_argument("--until-idle", action="store_true", help="return once nothing is due")
+        parser.add_argument("--metrics-port", type=int, default=0, help="serve /metrics and /livez here (default: off)")
+
+    def handle(self, **options: Any) -> None:
+        channels = [options["channel"]] if options["channel"] else [Channel.EMAIL.value, Channel.WEBHOOK.value]
+        with Worker("delivery", options["metrics_port"], loops=channels, stale_after_seconds=STALE_SECONDS) as worker:
+            loops = {
+                channel: DeliveryLoop(channel, partial(worker.tick, channel), until_idle=options["until_idle"])
+                for channel in channels
+            }
+            together = Together(loops, worker.done)
+            run_until_signalled(together.run, together.stop)
