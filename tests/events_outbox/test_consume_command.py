@@ -161,8 +161,8 @@ def test_list_shows_consumers_and_handlers(capsys):
         "on_failure": "skip",
         "paused": False,
         "handlers": [
-            {"event_type": "conversation.created", "version": None, "is_batch": True, "function": count},
-            {"event_type": "conversation.message.sent", "version": None, "is_batch": True, "function": count},
+            {"event_type": f"conversation.{happened}", "version": None, "is_batch": True, "function": count}
+            for happened in ("completed", "created", "failed", "message.sent")
         ],
     }
     assert listed[1]["paused"] is True

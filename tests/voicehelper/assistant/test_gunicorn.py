@@ -10,10 +10,10 @@ import httpx
 import psycopg
 import pytest
 from django.db import connection
-from rest_framework.authtoken.models import Token
 
 from tests.monitoring.conftest import answers, free_port, get, sample, wait_until
 from voicehelper.conversations.models import Conversation
+from voicehelper.identity.models import ApiToken
 from voicehelper.services import BASE_DIR
 
 from .events import events
@@ -63,7 +63,7 @@ def web(tmp_path, server, database_url):
 
 @contextmanager
 def replying(web, user, conversation):
-    headers = {"Authorization": f"Token {Token.objects.get_or_create(user=user)[0].key}"}
+    headers = {"Authorization": f"Token {ApiToken.objects.issue(user=user, name='test').text}"}
     url = f"{web}/api/v1/conversations/{conversation.id}/replies"
     with httpx.stream("POST", url, headers=headers, timeout=20) as response:
         yield response
