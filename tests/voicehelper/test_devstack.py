@@ -343,7 +343,7 @@ class TestPorts:
             ("KAFKA_PORT", 1, "Kafka's controller"),
             ("METRICS_PORT", 0, "the relay's metrics"),
             ("METRICS_PORT", 3, "audit's metrics"),
-            ("METRICS_PORT", 4, "delivery's metrics"),
+            ("METRICS_PORT", 5, "delivery's metrics"),
             pytest.param("PROMETHEUS_PORT", 0, "Prometheus", marks=pytest.mark.needs_tool("prometheus")),
         ],
     )
