@@ -20,7 +20,7 @@ from .texts import exact_time
 @admin.register(RelayCursor)
 class RelayCursorAdmin(ReadOnlyAdmin):
     tenant_field = None
-    list_display = ("leads", "since", "seen", "pending", "events_per_second", "paused", "error")
+    list_display = ("leads", "since", "seen", "pending", "rate", "paused", "error")
     fields = (
         "paused",
         "leader",
@@ -28,7 +28,7 @@ class RelayCursorAdmin(ReadOnlyAdmin):
         "heartbeat_at",
         "last_error",
         "pending",
-        "events_per_second",
+        "rate",
         "published",
         "window",
         "window_last_id",
@@ -46,6 +46,10 @@ class RelayCursorAdmin(ReadOnlyAdmin):
     @admin.display(description="last seen")
     def seen(self, cursor: RelayCursor) -> str:
         return moment(cursor.heartbeat_at)
+
+    @admin.display(description="events/s")
+    def rate(self, cursor: RelayCursor) -> str:
+        return f"{cursor.events_per_second:.1f}"
 
     @admin.display(description="last error")
     def error(self, cursor: RelayCursor) -> str:

@@ -355,6 +355,17 @@ class TestPorts:
             with pytest.raises(DevstackError, match=rf"port {port}, for {purpose}, .*`{variable}=\d+ make up`"):
                 Ports().check("apache", wait_seconds=0)
 
+    @pytest.mark.needs_tool("prometheus")
+    def test_a_taken_one_that_nobody_has_named_costs_the_figures_alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PROMETHEUS_PORT")
+        ports = Ports()
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            ports.prometheus = taken.getsockname()[1]
+            ports.check("apache", wait_seconds=0)
+        assert not ports.starts_prometheus
+
     @pytest.mark.parametrize("value", ["http", "0", "70000", "-1"])
     def test_what_is_no_port(self, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
         monkeypatch.setenv("WEB_PORT", value)
