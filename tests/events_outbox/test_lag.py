@@ -149,7 +149,7 @@ def test_asking_for_all_lags_is_bounded(settings):
     started = time.monotonic()
     lags = read_lags(0.5)
     assert time.monotonic() - started < 3
-    assert list(lags) == ["analytics", "audit", "notification"]
+    assert list(lags) == ["analytics", "audit", "knowledge", "notification"]
     assert all(found.events is None and "Connection refused" in found.not_known for found in lags.values())
 
 

@@ -232,7 +232,7 @@ def test_a_reset_to_nowhere_is_a_clear_error(group, capsys):
 
 
 def test_an_unknown_consumer_is_a_clear_error(capsys):
-    with pytest.raises(CommandError, match="registered: analytics, audit, notification"):
+    with pytest.raises(CommandError, match="registered: analytics, audit, knowledge, notification"):
         run(capsys, "nobody", "show")
 
 

@@ -383,7 +383,7 @@ def test_exit_status_when_the_state_cannot_be_read():
 
 
 def test_commands_say_what_is_wrong(kafka):
-    with pytest.raises(CommandError, match="registered: analytics, audit, notification"):
+    with pytest.raises(CommandError, match="registered: analytics, audit, knowledge, notification"):
         call_command("consume", "nobody")
 
 
