@@ -35,6 +35,8 @@ Answer = TypeVar("Answer")
 
 HEARTBEAT_SECONDS = 1.0
 ANSWER_SECONDS = 0.5
+REST = 2.0
+"""How long a relay that is not behind rests after a window, in times of what the window took."""
 PAUSED_POLL_SECONDS = 0.5
 HOUSE_ROUND_SECONDS = 60.0
 HOUSE_STEP_SECONDS = 0.1
@@ -141,8 +143,14 @@ class Relay:
                 if leader.paused is not None:
                     continue  # told to stop
                 redriven = self._redrive(leader, publisher)
-                if self.publish_window(leader, publisher) or redriven:
+                began = time.monotonic()
+                count = self.publish_window(leader, publisher)
+                if count or redriven:
                     idle_seconds, self._patience_seconds = self._conf.IDLE_POLL_MIN_SECONDS, STUCK_SECONDS
+                    if count < self._batch_size:
+                        # Not behind: a window for each event would cost the machine more than the event's request.
+                        took_seconds = time.monotonic() - began
+                        self._pause(min(max(idle_seconds, REST * took_seconds), self._conf.IDLE_POLL_MAX_SECONDS))
                 elif until_empty:
                     self._ask(leader, leader.save)
                     return

@@ -48,6 +48,8 @@ WINDOW_IDS_SQL = f"""
 
 PAGE_MAX_BYTES = 16_000_000
 """Bytes of values in a page: what the relay holds in memory, whatever the batch size."""
+FEW_ROWS = 16
+"""Rows that fit PAGE_MAX_BYTES whatever is in them: MAX_EVENT_BYTES is below a megabyte, and brokers take no more."""
 # The topic as text, all else as the bytes that go to Kafka: see `read_bytes`.
 PAGE_COLUMNS = ", ".join(
     ["e.id", "e.topic::text", "e.aggregate_id::varchar", "e.value", *(f"e.{name}::varchar" for name in HEADER_FIELDS)]
@@ -92,8 +94,12 @@ def window_ids(
                 "after_id": after_id,
             },
         )
-        while chunk := ids.fetchmany(ID_CHUNK):
-            yield [row[0] for row in chunk]
+        is_last = False
+        while not is_last:
+            chunk = ids.fetchmany(ID_CHUNK)
+            is_last = len(chunk) < ID_CHUNK
+            if chunk:
+                yield [row[0] for row in chunk]
 
 
 class Pages:
@@ -133,9 +139,9 @@ class Pages:
         self._wanted += islice(self._ids, self._page_rows - len(self._wanted))
         if not self._wanted:
             return
-        if self._some_are_large is None:
+        if self._some_are_large is None and len(self._wanted) > FEW_ROWS:
             self._some_are_large = _some_are_large(self._connection)
-        _send(self._connection, self._wanted, self._some_are_large)
+        _send(self._connection, self._wanted, bool(self._some_are_large))
         self.is_under_way = True
 
     def receive(self) -> None:

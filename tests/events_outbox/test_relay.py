@@ -83,6 +83,28 @@ def test_publishing_touches_no_event_row(emit, kafka):
         assert cursor.fetchall() == before
 
 
+class PausesOnce(Relay):
+    """Stops at its first pause, and remembers how long it would have been."""
+
+    paused_seconds = None
+
+    def _pause(self, seconds):
+        self.paused_seconds = seconds
+        self.stop()
+
+
+@pytest.mark.parametrize(("batch_size", "rests"), [(2, False), (3, True)])
+def test_a_relay_rests_after_a_window_unless_it_is_behind(emit, kafka, settings, batch_size, rests):
+    kafka_settings(settings, IDLE_POLL_MIN_SECONDS=0.0001)
+    emit("c1", 1)
+    emit("c2", 2)
+    relay = PausesOnce(batch_size=batch_size)
+    relay.run()
+    assert relay.paused_seconds > 0.0001 if rests else relay.paused_seconds == 0.0001
+    assert relay.paused_seconds <= settings.EVENTS_OUTBOX.get("IDLE_POLL_MAX_SECONDS", 0.1)
+    assert read_status().pending == 0
+
+
 def test_events_of_a_key_share_a_partition_and_keep_their_order(emit, topic_reader):
     for number in range(30):
         emit(f"c{number % 3}", number)

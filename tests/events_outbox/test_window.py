@@ -252,6 +252,7 @@ def test_pages_hold_each_row_of_the_window_once_whatever_their_size():
 
 def test_large_values_make_short_pages(monkeypatch):
     monkeypatch.setattr(window, "PAGE_MAX_BYTES", 1)
+    monkeypatch.setattr(window, "FEW_ROWS", 1)
     with open_session() as session:
         read_bytes(session)
         lo = take_snapshot(session)
