@@ -46,6 +46,11 @@ def test_members_operators_and_strangers_read_nothing(api, bob, client):
     assert_problem(client.get(AUDIT), 401)
 
 
+def test_a_token_needs_the_scope(api, alice):
+    assert_problem(api(alice, "write", "admin").get(AUDIT), 403)
+    assert api(alice, "read").get(AUDIT).status_code == 200
+
+
 def test_filters(api, alice):
     record(
         [
