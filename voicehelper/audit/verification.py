@@ -106,7 +106,8 @@ def export(
 
     Raises UnknownTenant when the log knows nothing of the tenant.
     """
-    writer = csv.writer(_Echo(), lineterminator="\n")
+    # All quoted: by itself the writer does not see that a carriage return ends a line as well.
+    writer = csv.writer(_Echo(), lineterminator="\n", quoting=csv.QUOTE_ALL)
     with one_moment():
         entries = AuditEntry.objects.filter(tenant_id=tenant_id)
         if not entries.exists() and not AuditChain.objects.filter(tenant_id=tenant_id).exists():
