@@ -221,7 +221,7 @@ class Chain:
             self._check_place(self.position, position)
         try:
             found = entry_hash(entry)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ChainBroken(position, f"the entry was changed: {error}") from None
         if entry["hash"] != found:
             raise ChainBroken(position, "the entry was changed: its fields no longer give its hash")

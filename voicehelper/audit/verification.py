@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from django.db import connection, transaction
+from django.db import DataError, connection, transaction
 from django.db.models import Max, Min
 
 from .chain import COLUMNS, Chain, ChainBroken, export_line, fields_of
@@ -15,6 +15,9 @@ from .models import AuditChain, AuditEntry
 
 CHUNK_ROWS = 500
 """Entries that are in memory at a time; one can have a megabyte."""
+
+_UNREADABLE = (DataError, ValueError, RecursionError)
+"""What reading a time outside of Python's, a number of too many digits or endless nesting raises."""
 
 # From one tenant to the next by index: as many look-ups as there are tenants, whatever the number of entries.
 TENANTS = """
@@ -104,7 +107,7 @@ def export(
     `since` (inclusive), `until` (exclusive): when it happened. What comes is the unbroken part of the chain that holds
     all of those entries, so that it can be verified; entries that came late may have others between them.
 
-    Raises UnknownTenant when the log knows nothing of the tenant.
+    Raises UnknownTenant when the log knows nothing of the tenant, ChainBroken for an entry that cannot be read.
     """
     # All quoted: by itself the writer does not see that a carriage return ends a line as well.
     writer = csv.writer(_Echo(), lineterminator="\n", quoting=csv.QUOTE_ALL)
@@ -127,10 +130,26 @@ def export(
 
 
 def _entries(tenant_id: str, first: int | None = None, last: int | None = None) -> Iterator[AuditEntry]:
+    """Raises ChainBroken for an entry that holds what none was written with, and Python cannot even read."""
     entries = AuditEntry.objects.filter(tenant_id=tenant_id).order_by("position", "id")
     if first is not None and last is not None:
         entries = entries.filter(position__range=(first, last))
-    return entries.iterator(chunk_size=CHUNK_ROWS)
+    found = None
+    try:
+        for found in entries.iterator(chunk_size=CHUNK_ROWS):
+            yield found
+        return
+    except _UNREADABLE:
+        pass
+    # It is among the next ones: one by one, so that those before it are still followed.
+    if found is not None:
+        entries = entries.filter(position__gt=found.position)
+    for id_, position in list(entries.values_list("id", "position")[:CHUNK_ROWS]):
+        try:
+            entry = entries.get(id=id_)
+        except _UNREADABLE as error:
+            raise ChainBroken(position, f"the entry was changed: it cannot be read: {error}") from None
+        yield entry
 
 
 @contextmanager

@@ -73,6 +73,13 @@ def test_what_cannot_be_exported(db, arguments):
     assert error.value.returncode == 2
 
 
+def test_an_entry_that_cannot_be_read_ends_the_export(log, tamper):
+    tamper("UPDATE audit_auditentry SET occurred_at = 'infinity' WHERE tenant_id = %s AND position = 3", log)
+    with pytest.raises(CommandError, match="position 3") as error:
+        export("--tenant", log)
+    assert error.value.returncode == 2
+
+
 def test_texts_that_a_table_could_break_on(tenant):
     odd = '=1+1,"\r\n\x1f\u2028😀'
     record([make_event("conversation.created", tenant_id=tenant.id, aggregate_id=odd, metadata={"a,b": odd})])

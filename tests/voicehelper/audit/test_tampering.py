@@ -45,6 +45,30 @@ def test_a_changed_field(log, charlie, tamper, change):
     assert verify(str(charlie.tenant_id)).bad_position is None
 
 
+UNREADABLE = {
+    "no moment": "occurred_at = 'infinity'",
+    "before Christ": "recorded_at = '4000-01-01 BC'",
+    "too many digits": "payload = '1e99999'",
+    "deep": "payload = (repeat('[', 700) || repeat(']', 700))::jsonb",
+    "deeper": "metadata = (repeat('[', 3000) || repeat(']', 3000))::jsonb",
+}
+
+
+@pytest.mark.parametrize("change", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("rows", [1, 2, 500])
+def test_a_field_that_cannot_even_be_read(log, charlie, tamper, monkeypatch, change, rows):
+    """Another tenant's log is verified all the same, and an entry changed before is the first one."""
+    monkeypatch.setattr("voicehelper.audit.verification.CHUNK_ROWS", rows)
+    tamper(SET.format(change), log)
+    assert (verify(log).bad_position, verify(log).entries) == (3, 2)
+    assert "the entry was changed" in verify(log).what
+    status, out, _ = verified()
+    assert status == 1
+    assert f"{charlie.tenant_id}: 2 entries" in out
+    tamper("UPDATE audit_auditentry SET user_id = 'mallory' WHERE tenant_id = %s AND position = 2", log)
+    assert verify(log).bad_position == 2
+
+
 def test_a_field_that_is_changed_with_its_hash(log, tamper):
     entry = entries_of(log)[2]
     entry.user_id = "mallory"
