@@ -30,6 +30,17 @@ WITH RECURSIVE found (tenant_id) AS (
 SELECT tenant_id FROM found WHERE tenant_id IS NOT NULL UNION SELECT tenant_id FROM audit_auditchain ORDER BY 1
 """
 
+# What migration 0004 has put there, and always fires.
+GUARDS = {
+    "audit_auditentry": ("audit_is_append_only", "audit_is_not_truncated"),
+    "audit_auditchain": ("audit_is_append_only", "audit_chain_goes_on", "audit_is_not_truncated"),
+}
+GUARDS_OFF = """
+SELECT table_name, trigger_name FROM unnest(%s::text[], %s::text[]) AS wanted (table_name, trigger_name)
+ WHERE NOT EXISTS (SELECT FROM pg_trigger
+                    WHERE tgrelid = to_regclass(table_name) AND tgname = trigger_name AND tgenabled = 'A')
+"""
+
 
 class UnknownTenant(LookupError):
     """The log knows nothing of this tenant."""
@@ -57,6 +68,14 @@ def tenants() -> list[str]:
     with connection.cursor() as cursor:
         cursor.execute(TENANTS)
         return [tenant_id for (tenant_id,) in cursor.fetchall()]
+
+
+def guards_off() -> list[str]:
+    """The triggers that should keep the log append-only, and are switched off or gone."""
+    pairs = [(table, trigger) for table, triggers in GUARDS.items() for trigger in triggers]
+    with connection.cursor() as cursor:
+        cursor.execute(GUARDS_OFF, [list(column) for column in zip(*pairs, strict=True)])
+        return [f"{trigger} of {table}" for table, trigger in cursor.fetchall()]
 
 
 def verify(tenant_id: str) -> Verified:

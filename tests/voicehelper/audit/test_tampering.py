@@ -16,7 +16,7 @@ from voicehelper.audit.chain import entry_hash, fields_of
 from voicehelper.audit.event_handlers import record
 from voicehelper.audit.models import AuditChain, AuditEntry
 from voicehelper.audit.services import audit_maintenance, drop_oldest
-from voicehelper.audit.verification import UnknownTenant, verify
+from voicehelper.audit.verification import GUARDS, UnknownTenant, verify
 
 SET = "UPDATE audit_auditentry SET {} WHERE tenant_id = %s AND position = 3"
 CHANGES = {
@@ -296,6 +296,14 @@ def age(log: str, position: int, days: int, tamper) -> None:
 # The command
 
 
+@pytest.fixture
+def guarded(log) -> None:
+    """All triggers as they are in production: see `tests/conftest.py`."""
+    with connection.cursor() as cursor:
+        for table in GUARDS:
+            cursor.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER audit_is_not_truncated")
+
+
 def verified(*arguments: str) -> tuple[int, str, str]:
     out = io.StringIO()
     try:
@@ -305,7 +313,7 @@ def verified(*arguments: str) -> tuple[int, str, str]:
     return 0, out.getvalue(), ""
 
 
-def test_the_command_on_a_whole_log(log, charlie):
+def test_the_command_on_a_whole_log(log, charlie, guarded):
     status, out, _ = verified()
     assert status == 0
     assert out.splitlines() == sorted(
@@ -314,7 +322,7 @@ def test_the_command_on_a_whole_log(log, charlie):
     )
 
 
-def test_the_command_names_the_first_bad_position_of_each_tenant(log, charlie, tamper):
+def test_the_command_names_the_first_bad_position_of_each_tenant(log, charlie, tamper, guarded):
     tamper(SET.format("user_id = 'mallory'"), log)
     status, out, error = verified()
     assert (status, error) == (1, "the log of 1 tenant is not what was written")
@@ -334,6 +342,23 @@ def test_the_command_names_the_first_bad_position_of_each_tenant(log, charlie, t
         "first_bad_position": 3,
         "what": "the entry was changed: its fields no longer give its hash",
     }
+
+
+@pytest.mark.parametrize("how", ["DISABLE", "ENABLE", "ENABLE REPLICA"])
+def test_the_command_tells_of_a_trigger_that_is_off(log, guarded, how):
+    """Also of one that does not fire for a replica, or for nobody but one."""
+    assert verified("--tenant", log)[0] == 0
+    for table, triggers in GUARDS.items():
+        for trigger in triggers:
+            with connection.cursor() as cursor:
+                cursor.execute(f"ALTER TABLE {table} {how} TRIGGER {trigger}")
+                status, out, error = verified("--tenant", log)
+                cursor.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger}")
+            assert (status, error) == (1, f"the trigger {trigger} of {table} is switched off or gone")
+            assert "7 entries" in out
+    with connection.cursor() as cursor:
+        cursor.execute("DROP TRIGGER audit_is_append_only ON audit_auditentry")
+    assert verified("--tenant", log)[0] == 1
 
 
 def test_the_command_finds_a_tenant_whose_entries_or_chain_are_gone(log, charlie, tamper):
