@@ -10,7 +10,7 @@ from typing import Any
 from django.db import DataError, connection, transaction
 from django.db.models import Max, Min
 
-from .chain import COLUMNS, Chain, ChainBroken, export_line, fields_of
+from .chain import COLUMNS, GENESIS, Chain, ChainBroken, export_line, fields_of
 from .models import AuditChain, AuditEntry
 
 CHUNK_ROWS = 500
@@ -78,11 +78,13 @@ def guards_off() -> list[str]:
         return [f"{trigger} of {table}" for table, trigger in cursor.fetchall()]
 
 
-def verify(tenant_id: str) -> Verified:
+def verify(tenant_id: str, kept: tuple[int, str] | None = None) -> Verified:
     """Read a tenant's chain as it is at one moment, from its beginning to its end or the first wrong position.
 
+    `kept`: the position and hash of an earlier last entry, which must still be so unless retention has dropped it.
     Raises UnknownTenant when the log knows nothing of the tenant.
     """
+    kept_position, kept_hash = kept or (0, GENESIS)
     with one_moment():
         head = AuditChain.objects.filter(tenant_id=tenant_id).first()
         chain = Chain() if head is None else Chain(head.dropped_position, head.dropped_hash)
@@ -90,8 +92,12 @@ def verify(tenant_id: str) -> Verified:
         try:
             for entry in _entries(tenant_id):
                 chain.follow({**fields_of(entry), "hash": entry.hash})
-            if head is None and not chain.entries:
+                if chain.position == kept_position and chain.hash != kept_hash:
+                    raise ChainBroken(kept_position, "its hash is not the one that was kept: the chain was made anew")
+            if head is None and kept is None and not chain.entries:
                 raise UnknownTenant(f"the audit log has no tenant {tenant_id!r}")
+            if (last := chain.position or 0) < kept_position:
+                raise ChainBroken(last + 1, f"the chain went to {kept_position} once: its end was cut off")
             _check_end(chain, head)
         except ChainBroken as broken:
             bad_position, what = broken.position, broken.what

@@ -369,6 +369,63 @@ def test_the_command_finds_a_tenant_whose_entries_or_chain_are_gone(log, charlie
     assert f"{log}: BAD at position 1" in out and f"{charlie.tenant_id}: BAD at position 2" in out
 
 
+@pytest.fixture
+def kept(log, charlie, tmp_path, guarded):
+    """What `--json` wrote once, kept elsewhere."""
+    path = tmp_path / "kept.jsonl"
+    path.write_text(verified("--json")[1])
+    return path
+
+
+def cut_off(log: str, tamper, after: int) -> None:
+    """The end of a chain, and the row that says where it is, as if there had never been more."""
+    tamper("DELETE FROM audit_auditentry WHERE tenant_id = %s AND position > %s", log, after)
+    last = entries_of(log)[-1]
+    tamper("UPDATE audit_auditchain SET position = %s, hash = %s WHERE tenant_id = %s", after, last.hash, log)
+
+
+def test_what_was_kept_shows_an_end_that_was_cut_off_with_all_that_told_of_it(log, charlie, tamper, kept):
+    assert verified("--against", str(kept))[0] == 0
+    record([make_event("conversation.created", tenant_id=log)])
+    assert verified("--against", str(kept))[0] == 0
+    cut_off(log, tamper, 5)
+    assert verified()[0] == 0
+    status, out, _ = verified("--against", str(kept))
+    assert status == 1
+    assert f"{log}: BAD at position 6: the chain went to 7 once" in out and f"{charlie.tenant_id}: 2 entries" in out
+    for _ in range(4):  # the chain has gone on since, past where it was
+        record([make_event("conversation.created", tenant_id=log)])
+    assert verified()[0] == 0
+    assert f"{log}: BAD at position 7: its hash is not the one that was kept" in verified("--against", str(kept))[1]
+
+
+def test_what_was_kept_shows_a_tenant_that_is_gone(log, charlie, tamper, kept):
+    for table in GUARDS:
+        tamper(f"DELETE FROM {table} WHERE tenant_id = %s", log)
+    assert verified()[0] == 0
+    assert f"{log}: BAD at position 1: the chain went to 7 once" in verified("--against", str(kept))[1]
+    assert verified("--against", str(kept), "--tenant", log)[0] == 1
+    assert verified("--against", str(kept), "--tenant", str(charlie.tenant_id))[0] == 0
+
+
+def test_what_retention_has_dropped_since_is_no_matter(log, kept):
+    for _ in range(2):
+        record([make_event("conversation.created", tenant_id=log)])
+    assert drop_oldest(tenant_id=log, before=timezone.now() + timedelta(days=1)) == 8
+    assert verified("--against", str(kept))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["nonsense", "[]", "{}", '{"is_whole": true, "tenant_id": "t", "position": null}', "\xff"]
+)
+def test_what_was_kept_is_no_output_of_the_command(log, tmp_path, text):
+    path = tmp_path / "kept.jsonl"
+    path.write_text(text, encoding="latin-1")
+    status, _, error = verified("--against", str(path))
+    assert status == 2 and "not what --json writes" in error
+    assert verified("--against", str(tmp_path / "missing"))[0] == 2
+
+
 def test_the_command_cannot_tell_of_an_unknown_tenant_or_without_the_table(log):
     assert verified("--tenant", "nobody")[0] == 2
     with connection.cursor() as cursor:
