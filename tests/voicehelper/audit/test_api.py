@@ -2,6 +2,7 @@ import base64
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from django.db import connection
 
 from events_outbox.testing import make_event
 from tests.voicehelper.conftest import PASSWORD, assert_problem, consume
@@ -116,3 +117,16 @@ def test_a_member_who_becomes_an_admin(api, bob):
     assert api(bob).get(AUDIT).status_code == 403
     User.objects.filter(id=bob.id).update(role=User.Role.ADMIN)
     assert api(bob).get(AUDIT).status_code == 200
+
+
+def test_a_type_that_is_rare_is_found_by_index(api, alice, django_assert_num_queries):
+    record([make_event("conversation.created", tenant_id=alice.tenant_id) for _ in range(60)])
+    client = api(alice)
+    with django_assert_num_queries(2) as queries:
+        assert client.get(AUDIT, {"event_type": "document.failed"}).json()["results"] == []
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE audit_auditentry")
+        cursor.execute("SET LOCAL enable_seqscan = off")
+        cursor.execute(f"EXPLAIN {queries.captured_queries[-1]['sql']}")
+        plan = "\n".join(line for (line,) in cursor.fetchall())
+    assert "audit_tenant_type" in plan and "Filter" not in plan and "Sort" not in plan, plan
