@@ -226,6 +226,23 @@ def test_also_for_a_replica(log):
     refused("DELETE FROM audit_auditentry")
 
 
+@pytest.mark.parametrize("path", ["", "elsewhere"])
+def test_the_triggers_work_with_any_search_path(log, path):
+    """A logical replica applies what was appended with an empty one."""
+    move = "UPDATE public.audit_auditchain SET position = position + 1, hash = repeat('a', 64)"
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL session_replication_role = replica")
+        cursor.execute("CREATE SCHEMA elsewhere")
+        cursor.execute("CREATE FUNCTION elsewhere.audit_is_maintained() RETURNS boolean RETURN true")
+        cursor.execute("SELECT set_config('search_path', %s, true)", [path])
+        cursor.execute(move)
+        assert cursor.rowcount == 2
+    refused(move.replace("+", "-"))
+    refused("DELETE FROM public.audit_auditentry")
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL search_path TO DEFAULT")
+
+
 @pytest.mark.parametrize("table", ["audit_auditentry", "audit_auditchain"])
 def test_the_database_refuses_to_truncate_it(log, table):
     """Tests have this trigger switched off, for the emptying of tables after them: on again for this one."""
