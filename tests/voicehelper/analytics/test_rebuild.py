@@ -278,6 +278,18 @@ def test_marks_that_were_pruned(published, settings):
     assert "4 events of the outbox and 5 of Kafka counted again" in out
 
 
+def test_what_an_older_version_did_not_count_is_counted_afterwards(published):
+    """It went past the ends of conversations, which so have no mark."""
+    before = rows()
+    end = next(event for event in published if event.event_type == "conversation.completed")
+    ProcessedEvent.objects.filter(event_id=end.event_id).delete()
+    DailyTotal.objects.filter(completed=1).update(completed=0)
+    assert rebuild("--compare")[0] == 0
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    assert rebuild("--swap", "--unmarked-before", later)[0] == 0
+    assert rows() == before
+
+
 def test_what_is_gone_together_with_its_marks_is_never_swapped_away(counted):
     """As in production, where the outbox, Kafka and the marks are all pruned: the totals alone remember."""
     old = [event for event in counted if event.timestamp.day in (27, 28)]
