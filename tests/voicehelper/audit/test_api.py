@@ -30,6 +30,13 @@ def test_an_admin_reads_the_tenant_s_log_the_last_entry_first(api, alice, bob, c
     assert rows[0]["payload"]["username"] == "bob"
 
 
+def test_what_is_shown_is_what_was_hashed_also_of_a_whole_second(api, alice):
+    record([make_event("conversation.created", tenant_id=alice.tenant_id, timestamp=NOON)])
+    [row] = api(alice).get(AUDIT).json()["results"]
+    assert row["occurred_at"] == "2026-03-01T12:00:00.000000Z"
+    assert row["hash"] == entry_hash({**row, "tenant_id": str(alice.tenant_id)})
+
+
 def test_nobody_reads_another_tenant_s_log(api, alice, charlie):
     consume("audit")
     for user in (alice, charlie):
