@@ -204,6 +204,24 @@ def test_one_at_a_time(counted):
     assert rebuild("--compare")[0] == 0
 
 
+@pytest.mark.parametrize("step", ["_write", "swap"])
+def test_one_that_was_interrupted_is_in_nobody_s_way(counted, monkeypatch, step):
+    DailyTotal.objects.filter(tenant_id=OTHER).update(messages=100)
+    damaged = rows()
+
+    def interrupted(self) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Rebuild, step, interrupted)
+        rebuild("--swap")
+    assert rows() == damaged
+    results = []
+    in_another_session(lambda: results.append(rebuild("--swap")))
+    assert results[0][0] == 0 and "1 rows put right" in results[0][1]
+    assert (rebuild("--compare")[0], exists()) == (0, False)
+
+
 def test_it_needs_a_transaction_of_its_own(counted):
     with Rebuild() as one, transaction.atomic(), pytest.raises(RuntimeError, match="of its own"):
         one.count()
