@@ -16,7 +16,7 @@ from voicehelper.audit.chain import entry_hash, fields_of
 from voicehelper.audit.event_handlers import record
 from voicehelper.audit.models import AuditChain, AuditEntry
 from voicehelper.audit.services import audit_maintenance, drop_oldest
-from voicehelper.audit.verification import GUARDS, UnknownTenant, verify
+from voicehelper.audit.verification import GUARDS, UnknownTenant, tenants, verify
 
 SET = "UPDATE audit_auditentry SET {} WHERE tenant_id = %s AND position = 3"
 CHANGES = {
@@ -293,6 +293,7 @@ def test_the_last_entry_stays(log):
     assert drop_oldest(tenant_id=log, before=timezone.now() + timedelta(days=1)) == 6
     assert (verify(log).bad_position, verify(log).entries) == (None, 1)
     assert drop_oldest(tenant_id="nobody", before=timezone.now()) == 0
+    assert "nobody" not in tenants()
 
 
 def age(log: str, position: int, days: int, tamper) -> None:
