@@ -111,9 +111,7 @@ def add_to_totals(*, counts: Mapping[TotalKey, Mapping[str, int | Decimal]], tab
     columns += [[counts[key][name] for key in keys] for name in COUNTED]
     columns += [[Decimal(counts[key][name]) for key in keys] for name in SUMMED]
     with connection.cursor() as cursor:
-        cursor.execute(
-            ADD_TO_TOTALS.format(table=connection.ops.quote_name(table or DailyTotal._meta.db_table)), columns
-        )
+        cursor.execute(ADD_TO_TOTALS.format(table=connection.ops.quote_name(table)), columns)
 
 
 def _lock_days(days: Sequence[DayKey]) -> set[tuple[DayKey, str]]:

@@ -11,7 +11,8 @@ first; times are UTC with six digits: "2026-01-31T14:00:00.000000Z"; `payload` a
 is text. Whoever changes, removes, inserts or moves an entry breaks this hash or the one of the next entry.
 
 A JSON Lines export has one such object a line, with `hash` as a further member. A CSV export has the COLUMNS as its
-header, and `payload` and `metadata` as JSON text.
+header, and `payload` and `metadata` as JSON text. A cell that a spreadsheet would take for a formula, or that begins
+with an apostrophe, has an apostrophe in front, which does not belong to the text.
 """
 
 import csv
@@ -51,6 +52,8 @@ GENESIS = "0" * 64
 FORMATS = ("jsonl", "csv")
 
 _AS_JSON = ("payload", "metadata")
+_FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n")
+"""What a formula begins with; a client chooses a correlation id."""
 _EXACT_INTEGERS = 2**53
 _LARGEST_CELL = 2**30
 _quoted = json.JSONEncoder(ensure_ascii=False).encode
@@ -218,7 +221,7 @@ class Chain:
             self._check_place(self.position, position)
         try:
             found = entry_hash(entry)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ChainBroken(position, f"the entry was changed: {error}") from None
         if entry["hash"] != found:
             raise ChainBroken(position, "the entry was changed: its fields no longer give its hash")
@@ -251,7 +254,11 @@ def export_line(fields: Mapping[str, Any], export_format: str) -> Sequence[str] 
     """An entry (its COLUMNS) as a line of JSON Lines, or as the cells of a CSV row."""
     if export_format == "jsonl":
         return canonical_json({name: fields[name] for name in COLUMNS}) + "\n"
-    return [canonical_json(fields[name]) if name in _AS_JSON else str(fields[name]) for name in COLUMNS]
+    return [canonical_json(fields[name]) if name in _AS_JSON else _cell(str(fields[name])) for name in COLUMNS]
+
+
+def _cell(text: str) -> str:
+    return f"'{text}" if text.startswith(("'", *_FORMULAS)) else text
 
 
 def verify_export(lines: Iterable[str], export_format: str) -> Export:
@@ -293,7 +300,7 @@ def _read(lines: Iterable[str], export_format: str) -> Iterator[dict[str, Any]]:
 def _entry_of_cells(cells: Sequence[str], number: int) -> dict[str, Any]:
     if len(cells) != len(COLUMNS):
         raise Unreadable(f"line {number}: {len(cells)} cells instead of {len(COLUMNS)}")
-    entry: dict[str, Any] = dict(zip(COLUMNS, cells, strict=True))
+    entry: dict[str, Any] = {name: cell.removeprefix("'") for name, cell in zip(COLUMNS, cells, strict=True)}
     for name in _AS_JSON:
         entry[name] = _loaded(entry[name], number)
     if not entry["position"].isdecimal():

@@ -47,6 +47,7 @@ class AuditEntry(models.Model):
         indexes = [
             models.Index(fields=["tenant_id", "-id"], name="audit_tenant_newest_first"),
             models.Index(fields=["tenant_id", "occurred_at"], name="audit_tenant_time"),
+            models.Index(fields=["tenant_id", "event_type", "position"], name="audit_tenant_type"),
             models.Index(fields=["aggregate_id"], name="audit_aggregate"),
             models.Index(fields=["correlation_id"], name="audit_correlation"),
         ]

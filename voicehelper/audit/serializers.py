@@ -1,9 +1,11 @@
 """Shapes of the audit API."""
 
+from datetime import datetime
 from typing import Any
 
 from rest_framework import serializers
 
+from .chain import utc_text
 from .models import AuditEntry
 
 
@@ -20,7 +22,17 @@ class AuditQuery(serializers.Serializer[Any]):
         return attrs
 
 
+class HashedMoment(serializers.DateTimeField):
+    """A time as the hash is of it: with six digits of a second also where they are zeros."""
+
+    def to_representation(self, value: datetime) -> str:
+        return utc_text(value)
+
+
 class AuditEntrySerializer(serializers.ModelSerializer[AuditEntry]):
+    occurred_at = HashedMoment(read_only=True)
+    recorded_at = HashedMoment(read_only=True)
+
     class Meta:
         model = AuditEntry
         fields = [

@@ -4,11 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 
-from django.db import connection, transaction
+from django.db import DataError, connection, transaction
 from django.utils import timezone
 from google.protobuf.json_format import MessageToDict
 
-from events_outbox import Event
+from events_outbox import Event, PermanentEventError
 
 from .chain import GENESIS, entry_hash, fields_of
 from .models import AuditChain, AuditEntry
@@ -32,7 +32,18 @@ Heads = dict[str, tuple[int, str]]
 # Without a savepoint: the batch is one transaction, and all of it is done again when this raises.
 @transaction.atomic(savepoint=False)
 def append_entries(*, events: Sequence[Event]) -> int:
-    """Append events to the chains of their tenants, in their order; return how many were not in the log already."""
+    """Append events to the chains of their tenants, in their order; return how many were not in the log already.
+
+    Raises PermanentEventError for a text that PostgreSQL cannot hold (a NUL character); nothing was written then.
+    """
+    try:
+        return _append(events)
+    except DataError as error:
+        # Its first line alone: the others quote what somebody has written, and would do so in the log.
+        raise PermanentEventError(f"PostgreSQL cannot hold it: {str(error).partition(chr(10))[0]}") from None
+
+
+def _append(events: Sequence[Event]) -> int:
     entries = [_entry(event) for event in {event.event_id: event for event in events}.values()]
     # The locks come before it is asked what is there, and are held to the commit: who appends to the same tenant waits,
     # and then sees these entries. Sorted, so that workers lock the rows in one order and never deadlock.
@@ -115,7 +126,8 @@ def drop_oldest(*, tenant_id: str, before: datetime) -> int:
     The chain notes where it begins now, and verifies as before.
     """
     with audit_maintenance():
-        lock_chains([tenant_id])
+        if AuditChain.objects.select_for_update().filter(tenant_id=tenant_id).first() is None:
+            return 0
         entries = AuditEntry.objects.filter(tenant_id=tenant_id)
         kept = entries.filter(recorded_at__gte=before).order_by("position").first()
         kept = kept or entries.order_by("-position").first()

@@ -204,6 +204,24 @@ def test_one_at_a_time(counted):
     assert rebuild("--compare")[0] == 0
 
 
+@pytest.mark.parametrize("step", ["_write", "swap"])
+def test_one_that_was_interrupted_is_in_nobody_s_way(counted, monkeypatch, step):
+    DailyTotal.objects.filter(tenant_id=OTHER).update(messages=100)
+    damaged = rows()
+
+    def interrupted(self) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Rebuild, step, interrupted)
+        rebuild("--swap")
+    assert rows() == damaged
+    results = []
+    in_another_session(lambda: results.append(rebuild("--swap")))
+    assert results[0][0] == 0 and "1 rows put right" in results[0][1]
+    assert (rebuild("--compare")[0], exists()) == (0, False)
+
+
 def test_it_needs_a_transaction_of_its_own(counted):
     with Rebuild() as one, transaction.atomic(), pytest.raises(RuntimeError, match="of its own"):
         one.count()
@@ -276,6 +294,18 @@ def test_marks_that_were_pruned(published, settings):
     status, out = rebuild("--compare", "--unmarked-before", later)
     assert status == 0, out
     assert "4 events of the outbox and 5 of Kafka counted again" in out
+
+
+def test_what_an_older_version_did_not_count_is_counted_afterwards(published):
+    """It went past the ends of conversations, which so have no mark."""
+    before = rows()
+    end = next(event for event in published if event.event_type == "conversation.completed")
+    ProcessedEvent.objects.filter(event_id=end.event_id).delete()
+    DailyTotal.objects.filter(completed=1).update(completed=0)
+    assert rebuild("--compare")[0] == 0
+    later = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    assert rebuild("--swap", "--unmarked-before", later)[0] == 0
+    assert rows() == before
 
 
 def test_what_is_gone_together_with_its_marks_is_never_swapped_away(counted):

@@ -2,6 +2,7 @@ import base64
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from django.db import connection
 
 from events_outbox.testing import make_event
 from tests.voicehelper.conftest import PASSWORD, assert_problem, consume
@@ -29,6 +30,13 @@ def test_an_admin_reads_the_tenant_s_log_the_last_entry_first(api, alice, bob, c
     assert rows[0]["payload"]["username"] == "bob"
 
 
+def test_what_is_shown_is_what_was_hashed_also_of_a_whole_second(api, alice):
+    record([make_event("conversation.created", tenant_id=alice.tenant_id, timestamp=NOON)])
+    [row] = api(alice).get(AUDIT).json()["results"]
+    assert row["occurred_at"] == "2026-03-01T12:00:00.000000Z"
+    assert row["hash"] == entry_hash({**row, "tenant_id": str(alice.tenant_id)})
+
+
 def test_nobody_reads_another_tenant_s_log(api, alice, charlie):
     consume("audit")
     for user in (alice, charlie):
@@ -44,6 +52,11 @@ def test_members_operators_and_strangers_read_nothing(api, bob, client):
     operator = User.objects.create_user("oscar", password=PASSWORD, is_staff=True, role=User.Role.ADMIN)
     assert_problem(api(operator).get(AUDIT), 403)
     assert_problem(client.get(AUDIT), 401)
+
+
+def test_a_token_needs_the_scope(api, alice):
+    assert_problem(api(alice, "write", "admin").get(AUDIT), 403)
+    assert api(alice, "read").get(AUDIT).status_code == 200
 
 
 def test_filters(api, alice):
@@ -111,3 +124,16 @@ def test_a_member_who_becomes_an_admin(api, bob):
     assert api(bob).get(AUDIT).status_code == 403
     User.objects.filter(id=bob.id).update(role=User.Role.ADMIN)
     assert api(bob).get(AUDIT).status_code == 200
+
+
+def test_a_type_that_is_rare_is_found_by_index(api, alice, django_assert_num_queries):
+    record([make_event("conversation.created", tenant_id=alice.tenant_id) for _ in range(60)])
+    client = api(alice)
+    with django_assert_num_queries(2) as queries:
+        assert client.get(AUDIT, {"event_type": "document.failed"}).json()["results"] == []
+    with connection.cursor() as cursor:
+        cursor.execute("ANALYZE audit_auditentry")
+        cursor.execute("SET LOCAL enable_seqscan = off; SET LOCAL enable_bitmapscan = off")
+        cursor.execute(f"EXPLAIN {queries.captured_queries[-1]['sql']}")
+        plan = "\n".join(line for (line,) in cursor.fetchall())
+    assert "audit_tenant_type" in plan and "Filter" not in plan and "Sort" not in plan, plan

@@ -73,8 +73,31 @@ def test_what_cannot_be_exported(db, arguments):
     assert error.value.returncode == 2
 
 
+def test_an_entry_that_cannot_be_read_ends_the_export(log, tamper):
+    tamper("UPDATE audit_auditentry SET occurred_at = 'infinity' WHERE tenant_id = %s AND position = 3", log)
+    with pytest.raises(CommandError, match="position 3") as error:
+        export("--tenant", log)
+    assert error.value.returncode == 2
+
+
 def test_texts_that_a_table_could_break_on(tenant):
     odd = '=1+1,"\r\n\x1f\u2028😀'
     record([make_event("conversation.created", tenant_id=tenant.id, aggregate_id=odd, metadata={"a,b": odd})])
     for export_format in ("jsonl", "csv"):
         assert verified(export("--tenant", str(tenant.id), "--format", export_format), export_format).entries == 1
+
+
+@pytest.mark.parametrize("odd", ["a\rb", "\r", "\n", "'", "'=1", "\"'", " =1", "'@x'"], ids=repr)
+def test_texts_that_a_csv_could_break_on(tenant, odd):
+    """A lone carriage return, and what looks as if an apostrophe had been put in front."""
+    record([make_event("conversation.created", tenant_id=tenant.id, aggregate_id=odd, correlation_id=odd)])
+    assert verified(export("--tenant", str(tenant.id), "--format", "csv"), "csv").entries == 1
+
+
+@pytest.mark.parametrize("formula", ["=1+1", "+1", "-1+1", "@SUM(1)", "\t=1", '=HYPERLINK("http://x","y")'], ids=repr)
+def test_what_a_client_chose_is_no_formula_in_a_spreadsheet(tenant, formula):
+    record([make_event("conversation.created", tenant_id=tenant.id, correlation_id=formula)])
+    text = export("--tenant", str(tenant.id), "--format", "csv")
+    [row] = csv.DictReader(io.StringIO(text, newline=""))
+    assert row["correlation_id"] == f"'{formula}"
+    assert verified(text, "csv").entries == 1

@@ -10,7 +10,7 @@ from django.db import connection, transaction
 from events_outbox import emit_event
 from events_outbox.handlers import consumer_named
 from events_outbox.models import DeadLetter, OutboxEvent, ProcessedEvent
-from events_outbox.testing import make_event
+from events_outbox.testing import handle_now, make_event
 from tests.events_outbox.conftest import eventually
 from tests.voicehelper.audit.conftest import entries_of
 from tests.voicehelper.conftest import consume
@@ -218,6 +218,18 @@ def test_fields_without_a_value_are_recorded_too(tenant):
         "content_type": "",
         "size_bytes": "0",  # 64-bit numbers are strings in Protobuf's JSON
     }
+
+
+def test_a_text_that_the_database_cannot_hold_costs_itself_only_and_is_not_logged(tenant, caplog):
+    caplog.set_level("INFO")
+    payload = MessageSentPayload(content="My secret\0")
+    bad = make_event("conversation.message.sent", payload, tenant_id=tenant.id)
+    handle_now("audit", events=[bad, make_event("conversation.created", tenant_id=tenant.id)])
+    letter = DeadLetter.objects.get()
+    assert (letter.reason, letter.attempts, letter.event_id) == ("permanent", 1, bad.event_id)
+    assert len(entries_of(str(tenant.id))) == 1
+    told = [caplog.text, letter.error, letter.traceback, *(str(vars(record)) for record in caplog.records)]
+    assert "event not handled" in told[0] and not any("secret" in text for text in told)
 
 
 @pytest.mark.parametrize("action", ["add", "{id}/change", "{id}/delete"])

@@ -16,7 +16,7 @@ from voicehelper.audit.chain import entry_hash, fields_of
 from voicehelper.audit.event_handlers import record
 from voicehelper.audit.models import AuditChain, AuditEntry
 from voicehelper.audit.services import audit_maintenance, drop_oldest
-from voicehelper.audit.verification import UnknownTenant, verify
+from voicehelper.audit.verification import GUARDS, UnknownTenant, tenants, verify
 
 SET = "UPDATE audit_auditentry SET {} WHERE tenant_id = %s AND position = 3"
 CHANGES = {
@@ -43,6 +43,30 @@ def test_a_changed_field(log, charlie, tamper, change):
     assert (verify(log).bad_position, verify(log).entries) == (3, 2)
     assert "changed" in verify(log).what
     assert verify(str(charlie.tenant_id)).bad_position is None
+
+
+UNREADABLE = {
+    "no moment": "occurred_at = 'infinity'",
+    "before Christ": "recorded_at = '4000-01-01 BC'",
+    "too many digits": "payload = '1e99999'",
+    "deep": "payload = (repeat('[', 700) || repeat(']', 700))::jsonb",
+    "deeper": "metadata = (repeat('[', 3000) || repeat(']', 3000))::jsonb",
+}
+
+
+@pytest.mark.parametrize("change", UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize("rows", [1, 2, 500])
+def test_a_field_that_cannot_even_be_read(log, charlie, tamper, monkeypatch, change, rows):
+    """Another tenant's log is verified all the same, and an entry changed before is the first one."""
+    monkeypatch.setattr("voicehelper.audit.verification.CHUNK_ROWS", rows)
+    tamper(SET.format(change), log)
+    assert (verify(log).bad_position, verify(log).entries) == (3, 2)
+    assert "the entry was changed" in verify(log).what
+    status, out, _ = verified()
+    assert status == 1
+    assert f"{charlie.tenant_id}: 2 entries" in out
+    tamper("UPDATE audit_auditentry SET user_id = 'mallory' WHERE tenant_id = %s AND position = 2", log)
+    assert verify(log).bad_position == 2
 
 
 def test_a_field_that_is_changed_with_its_hash(log, tamper):
@@ -202,6 +226,23 @@ def test_also_for_a_replica(log):
     refused("DELETE FROM audit_auditentry")
 
 
+@pytest.mark.parametrize("path", ["", "elsewhere"])
+def test_the_triggers_work_with_any_search_path(log, path):
+    """A logical replica applies what was appended with an empty one."""
+    move = "UPDATE public.audit_auditchain SET position = position + 1, hash = repeat('a', 64)"
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL session_replication_role = replica")
+        cursor.execute("CREATE SCHEMA elsewhere")
+        cursor.execute("CREATE FUNCTION elsewhere.audit_is_maintained() RETURNS boolean RETURN true")
+        cursor.execute("SELECT set_config('search_path', %s, true)", [path])
+        cursor.execute(move)
+        assert cursor.rowcount == 2
+    refused(move.replace("+", "-"))
+    refused("DELETE FROM public.audit_auditentry")
+    with connection.cursor() as cursor:
+        cursor.execute("SET LOCAL search_path TO DEFAULT")
+
+
 @pytest.mark.parametrize("table", ["audit_auditentry", "audit_auditchain"])
 def test_the_database_refuses_to_truncate_it(log, table):
     """Tests have this trigger switched off, for the emptying of tables after them: on again for this one."""
@@ -252,6 +293,7 @@ def test_the_last_entry_stays(log):
     assert drop_oldest(tenant_id=log, before=timezone.now() + timedelta(days=1)) == 6
     assert (verify(log).bad_position, verify(log).entries) == (None, 1)
     assert drop_oldest(tenant_id="nobody", before=timezone.now()) == 0
+    assert "nobody" not in tenants()
 
 
 def age(log: str, position: int, days: int, tamper) -> None:
@@ -272,6 +314,14 @@ def age(log: str, position: int, days: int, tamper) -> None:
 # The command
 
 
+@pytest.fixture
+def guarded(log) -> None:
+    """All triggers as they are in production: see `tests/conftest.py`."""
+    with connection.cursor() as cursor:
+        for table in GUARDS:
+            cursor.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER audit_is_not_truncated")
+
+
 def verified(*arguments: str) -> tuple[int, str, str]:
     out = io.StringIO()
     try:
@@ -281,7 +331,7 @@ def verified(*arguments: str) -> tuple[int, str, str]:
     return 0, out.getvalue(), ""
 
 
-def test_the_command_on_a_whole_log(log, charlie):
+def test_the_command_on_a_whole_log(log, charlie, guarded):
     status, out, _ = verified()
     assert status == 0
     assert out.splitlines() == sorted(
@@ -290,7 +340,7 @@ def test_the_command_on_a_whole_log(log, charlie):
     )
 
 
-def test_the_command_names_the_first_bad_position_of_each_tenant(log, charlie, tamper):
+def test_the_command_names_the_first_bad_position_of_each_tenant(log, charlie, tamper, guarded):
     tamper(SET.format("user_id = 'mallory'"), log)
     status, out, error = verified()
     assert (status, error) == (1, "the log of 1 tenant is not what was written")
@@ -312,12 +362,86 @@ def test_the_command_names_the_first_bad_position_of_each_tenant(log, charlie, t
     }
 
 
+@pytest.mark.parametrize("how", ["DISABLE", "ENABLE", "ENABLE REPLICA"])
+def test_the_command_tells_of_a_trigger_that_is_off(log, guarded, how):
+    """Also of one that does not fire for a replica, or for nobody but one."""
+    assert verified("--tenant", log)[0] == 0
+    for table, triggers in GUARDS.items():
+        for trigger in triggers:
+            with connection.cursor() as cursor:
+                cursor.execute(f"ALTER TABLE {table} {how} TRIGGER {trigger}")
+                status, out, error = verified("--tenant", log)
+                cursor.execute(f"ALTER TABLE {table} ENABLE ALWAYS TRIGGER {trigger}")
+            assert (status, error) == (1, f"the trigger {trigger} of {table} is switched off or gone")
+            assert "7 entries" in out
+    with connection.cursor() as cursor:
+        cursor.execute("DROP TRIGGER audit_is_append_only ON audit_auditentry")
+    assert verified("--tenant", log)[0] == 1
+
+
 def test_the_command_finds_a_tenant_whose_entries_or_chain_are_gone(log, charlie, tamper):
     tamper("DELETE FROM audit_auditentry WHERE tenant_id = %s", log)
     tamper("DELETE FROM audit_auditchain WHERE tenant_id = %s", str(charlie.tenant_id))
     status, out, _ = verified()
     assert status == 1
     assert f"{log}: BAD at position 1" in out and f"{charlie.tenant_id}: BAD at position 2" in out
+
+
+@pytest.fixture
+def kept(log, charlie, tmp_path, guarded):
+    """What `--json` wrote once, kept elsewhere."""
+    path = tmp_path / "kept.jsonl"
+    path.write_text(verified("--json")[1])
+    return path
+
+
+def cut_off(log: str, tamper, after: int) -> None:
+    """The end of a chain, and the row that says where it is, as if there had never been more."""
+    tamper("DELETE FROM audit_auditentry WHERE tenant_id = %s AND position > %s", log, after)
+    last = entries_of(log)[-1]
+    tamper("UPDATE audit_auditchain SET position = %s, hash = %s WHERE tenant_id = %s", after, last.hash, log)
+
+
+def test_what_was_kept_shows_an_end_that_was_cut_off_with_all_that_told_of_it(log, charlie, tamper, kept):
+    assert verified("--against", str(kept))[0] == 0
+    record([make_event("conversation.created", tenant_id=log)])
+    assert verified("--against", str(kept))[0] == 0
+    cut_off(log, tamper, 5)
+    assert verified()[0] == 0
+    status, out, _ = verified("--against", str(kept))
+    assert status == 1
+    assert f"{log}: BAD at position 6: the chain went to 7 once" in out and f"{charlie.tenant_id}: 2 entries" in out
+    for _ in range(4):  # the chain has gone on since, past where it was
+        record([make_event("conversation.created", tenant_id=log)])
+    assert verified()[0] == 0
+    assert f"{log}: BAD at position 7: its hash is not the one that was kept" in verified("--against", str(kept))[1]
+
+
+def test_what_was_kept_shows_a_tenant_that_is_gone(log, charlie, tamper, kept):
+    for table in GUARDS:
+        tamper(f"DELETE FROM {table} WHERE tenant_id = %s", log)
+    assert verified()[0] == 0
+    assert f"{log}: BAD at position 1: the chain went to 7 once" in verified("--against", str(kept))[1]
+    assert verified("--against", str(kept), "--tenant", log)[0] == 1
+    assert verified("--against", str(kept), "--tenant", str(charlie.tenant_id))[0] == 0
+
+
+def test_what_retention_has_dropped_since_is_no_matter(log, kept):
+    for _ in range(2):
+        record([make_event("conversation.created", tenant_id=log)])
+    assert drop_oldest(tenant_id=log, before=timezone.now() + timedelta(days=1)) == 8
+    assert verified("--against", str(kept))[0] == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["nonsense", "[]", "{}", '{"is_whole": true, "tenant_id": "t", "position": null}', "\xff"]
+)
+def test_what_was_kept_is_no_output_of_the_command(log, tmp_path, text):
+    path = tmp_path / "kept.jsonl"
+    path.write_text(text, encoding="latin-1")
+    status, _, error = verified("--against", str(path))
+    assert status == 2 and "not what --json writes" in error
+    assert verified("--against", str(tmp_path / "missing"))[0] == 2
 
 
 def test_the_command_cannot_tell_of_an_unknown_tenant_or_without_the_table(log):

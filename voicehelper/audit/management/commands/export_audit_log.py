@@ -4,7 +4,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError
 
 from events_outbox.management.arguments import moment
-from voicehelper.audit.chain import FORMATS
+from voicehelper.audit.chain import FORMATS, ChainBroken
 from voicehelper.audit.verification import UnknownTenant, export
 
 
@@ -29,7 +29,7 @@ class Command(BaseCommand):
         try:
             for line in export(options["tenant"], options["format"], since=since, until=until):
                 self.stdout.write(line, ending="")
-        except UnknownTenant as error:
+        except (UnknownTenant, ChainBroken) as error:
             raise CommandError(str(error), returncode=2) from None
         except DatabaseError as error:
             raise CommandError(f"the log could not be read: {str(error).strip()}", returncode=2) from error
