@@ -13,9 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("voicehelper", "events_outbox", "monitoring")
 # A name given to what reads the environment: a mapping of it, or a function that is given one.
 READ = re.compile(
-    r'(?:environ(?:ment)?(?:\.get|\.setdefault)?[\[(]|environment, |\b_port\(|\benv\.\w+\()\s*"([A-Z][A-Z0-9_]+)"'
+    r'(?:environ(?:ment)?(?:\.get|\.setdefault)?[\[(]|environment, |\benv\.\w+\()\s*"([A-Z][A-Z0-9_]+)"'
     r'|"([A-Z][A-Z0-9_]+)" (?:not )?in os\.environ'
 )
+# There, also a name given to a function of the module's own.
+SETTINGS = ("settings.py", "gunicorn.conf.py", "devstack/supervisor.py")
+READ_BY_NAME = re.compile(r'\b_\w+\("([A-Z][A-Z0-9_]+)"')
 # Those that put names together, and others beside them.
 PARSERS = (
     assistant_settings,
@@ -48,4 +51,5 @@ def variables():
         parse(environment)
     source = "".join(path.read_text() for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
     read = {one or other for one, other in READ.findall(source)}
+    read |= {name for file in SETTINGS for name in READ_BY_NAME.findall((ROOT / "voicehelper" / file).read_text())}
     return {name for name in read | environment.names if name not in NOT_OURS and not OPENTELEMETRYS.match(name)}
