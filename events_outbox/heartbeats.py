@@ -1,4 +1,4 @@
-"""Heartbeats: what each relay and consumer says of itself, in its row of `Worker`.
+"""Heartbeats: what each relay, consumer or other worker says of itself, in its row of `Worker`.
 
 The work only sets plain attributes of its `Vitals`. A thread beside it writes them down on a session of its own, so
 that a database that is away, slow or frozen costs the work nothing, and what a heartbeat fails with nobody but the
@@ -61,12 +61,18 @@ class State(StrEnum):
 class Vitals:
     """What one worker says of itself. Saying it costs less than a microsecond, and raises nothing."""
 
-    def __init__(self, kind: Kind, name: str, metrics_port: int = 0) -> None:
-        """`metrics_port`: 0 when it serves no metrics."""
+    def __init__(
+        self, kind: Kind, name: str, metrics_port: int = 0, *, stale_after_seconds: float | None = None
+    ) -> None:
+        """`metrics_port`: 0 when it serves no metrics.
+
+        `stale_after_seconds`: without a tick for so long it hangs; None: for STALE_AFTER_SECONDS.
+        """
         self.id = uuid4()
         self.kind = kind
         self.name = name
         self.metrics_port = metrics_port or None
+        self.stale_after_seconds = STALE_AFTER_SECONDS if stale_after_seconds is None else stale_after_seconds
         self.started_at = self.state_since = self._ticked_at = time.monotonic()
         self.state = State.STARTS
         self.last_error = ""
@@ -110,7 +116,7 @@ class Vitals:
 
     def seen_state(self) -> tuple[State, float]:
         """The state as it is seen from beside it, and since when."""
-        if self.state is not State.STOPPED and time.monotonic() - self._ticked_at >= STALE_AFTER_SECONDS:
+        if self.state is not State.STOPPED and time.monotonic() - self._ticked_at >= self.stale_after_seconds:
             return State.HANGS, self._ticked_at
         return self.state, self.state_since
 

@@ -418,7 +418,7 @@ class WorkerQuerySet(models.QuerySet["Worker"]):
 
 
 class Worker(models.Model):
-    """One start of a relay or of a consumer, as it says of itself: see `heartbeats`.
+    """One start of a relay, a consumer or another worker, as it says of itself: see `heartbeats`.
 
     A consumer that shares its process with others has a row of its own. The id is drawn at each start: host and pid
     come again, in containers all the time. Few rows, and none older than a day, so the primary key is the only index:
@@ -431,6 +431,7 @@ class Worker(models.Model):
     class Kind(models.TextChoices):
         RELAY = "relay", "relay"
         CONSUMER = "consumer", "consumer"
+        OTHER = "other", "other"  # another long-running command of the project
 
     id = models.UUIDField(primary_key=True, default=uuid4, editable=False)
     kind = models.CharField(max_length=10, choices=Kind.choices)

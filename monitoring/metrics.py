@@ -243,6 +243,26 @@ CONVERSATION_SUCCESS_RATE = partial(
     labels=["mode", "tenant_id"],
 )
 
+# --- Deliveries, read at scrape time: call one for a family to fill (yielded by notifications' BacklogCollector) ---
+DELIVERIES_PENDING = partial(
+    GaugeMetricFamily,
+    "notification_deliveries_pending",
+    "E-mails or webhooks that are to be sent, counted to 10,000",
+    labels=["channel"],
+)
+DELIVERIES_FAILING = partial(
+    GaugeMetricFamily,
+    "notification_deliveries_failing",
+    "Those of them that could not be sent before, and are tried again",
+    labels=["channel"],
+)
+DELIVERIES_OVERDUE_SECONDS = partial(
+    GaugeMetricFamily,
+    "notification_deliveries_overdue_seconds",
+    "How long the one has been due that nobody has taken for longest, 0 when none is due",
+    labels=["channel"],
+)
+
 # --- State of the outbox, read at scrape time: call one for a family to fill (yielded by StatusCollector) ---
 OUTBOX_PENDING = partial(
     GaugeMetricFamily,

@@ -5,16 +5,20 @@ import pkgutil
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from django.core.management import get_commands
 from django.db import connection
 
 from events_outbox import catalog, handlers
 from monitoring.conf import MonitoringSettings
+from tests.environment import variables
 
-GUIDE = Path(__file__).parent.parent / "docs" / "handlers.md"
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = ROOT / "docs" / "handlers.md"
 BLOCK = re.compile(r"^```(?:python|proto)\n(?:#|//) (shop/\S+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 TEST = re.compile(r"^(@pytest.mark.django_db\(transaction=True\)\n)?def (test_\w+)", re.MULTILINE)
 BLOCKS = BLOCK.findall(GUIDE.read_text())
@@ -125,13 +129,28 @@ def test_the_monitoring_guide_has_every_setting():
     assert missing == []
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "docs/handlers.md", "docs/monitoring.md", "docs/runbook.md", "docs/benchmarks.md", "docs/console.md"],
-)
-def test_links_lead_somewhere(document):
-    root = GUIDE.parent.parent
-    file = root / document
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+VARIABLE_TABLES = re.compile(r"^\| variable \|.*\n\|[-|]+\n((?:\|.*\n)+)", re.MULTILINE)
+
+
+def test_every_environment_variable_is_in_one_table_and_no_other():
+    rows = "".join(rows for file in DOCUMENTS for rows in VARIABLE_TABLES.findall(file.read_text())).splitlines()
+    documented = Counter(name for row in rows for name in re.findall(r"`([A-Z][A-Z0-9_]+)`", row.split("|")[1]))
+    opentelemetrys = {name for name in documented if name.startswith("OTEL_EXPORTER_OTLP_")}
+    assert set(documented) - opentelemetrys == variables()
+    assert [name for name, count in documented.items() if count > 1] == []
+
+
+def test_readme_names_every_command_and_every_document():
+    text = README.read_text()
+    ours = {name for name, app in get_commands().items() if app.split(".")[0] in ("voicehelper", "events_outbox")}
+    assert {name for name in ours if f"`{name}" not in text and f"manage.py {name}" not in text} == set()
+    assert {file.name for file in DOCUMENTS if file != README and f"(docs/{file.name}" not in text} == set()
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.stem)
+def test_links_lead_somewhere(file):
     for target in re.findall(r"\]\(([^)\s]+)\)", file.read_text()):
         if "://" in target:
             continue

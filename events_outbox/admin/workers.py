@@ -1,4 +1,4 @@
-"""Workers: the relays and consumers that run, or did so lately, and what each says of itself."""
+"""Workers: relays, consumers and others that run, or did so lately, and what each says of itself."""
 
 from datetime import datetime
 from typing import Any

@@ -27,6 +27,7 @@ WITHOUT_RATIO_OR_RATE = FIRE_WITHOUT_DATA | {
         "OutboxTransactionOpen",
     ),
     *("ConsumerLag", "ConsumerLate", "ConsumerLagUnknown", "ConsumerDown", "ConsumerPaused"),
+    *("DeliveriesWait", "EmailsFail"),
     *("TargetDown", "MonitoringCollectorDown"),
 }
 # One dead letter, or three deaths, are what they are about.

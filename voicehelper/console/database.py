@@ -14,6 +14,7 @@ from django.db.models import Min
 
 from events_outbox.models import DeadLetter, OutboxEvent, RelayCursor, UndeliverableEvent, Worker
 from events_outbox.status import COUNT_LIMIT, OutboxStatus, read_status
+from voicehelper.notifications.backlog import Backlog, read_backlog
 
 from .figures import STEP_SECONDS, Chart, Line
 
@@ -54,6 +55,7 @@ class Database:
     status: OutboxStatus | None = None
     workers: list[Worker] | None = None
     letter_errors: dict[str, LastError] | None = None
+    deliveries: list[Backlog] | None = None
     emitted: Chart = field(default_factory=Chart)
     tenant: TenantRows | None = None
     missing: list[str] = field(default_factory=list)
@@ -66,6 +68,7 @@ def read_all() -> Database:
     found.status = within.read("the state of the outbox", lambda: read_status(COUNT_LIMIT))
     found.workers = within.read("relays and consumers", lambda: list(Worker.objects.with_life()))
     found.letter_errors = within.read("the last dead letters", last_letter_errors)
+    found.deliveries = within.read("deliveries", read_backlog)
     emitted = within.read("events emitted a minute", emitted_per_minute)
     found.emitted = emitted or Chart(missing="not read in time")
     return found

@@ -12,14 +12,19 @@ from events_outbox.heartbeats import State as Doing
 from events_outbox.models import Worker
 from events_outbox.status import COUNT_LIMIT, OutboxStatus, readable_seconds
 from monitoring.prometheus import Unanswered
+from voicehelper.notifications.backlog import Backlog
+from voicehelper.notifications.deliveries import worker_name
+from voicehelper.notifications.models import Channel
 
-from .overview import ConsumerFigures, Overview, TenantOverview
+from .overview import ConsumerFigures, Overview, TenantOverview, alive
 
 # Those of monitoring/ops/rules/alerts.yml: a test compares them.
 OLDEST_PENDING_SECONDS = 60
 LAG_EVENTS = 10_000
 LAG_SECONDS = 600
 OPEN_TRANSACTION_SECONDS = 600
+OVERDUE_SECONDS = 300
+FAILING_EMAILS = 20
 
 STUCK_SECONDS = 30.0
 """A consumer may wait so long, as it does while its group is shared out anew."""
@@ -74,6 +79,7 @@ class State:
 RELAY, WORKERS = "admin:events_outbox_relaycursor_changelist", "admin:events_outbox_worker_changelist"
 EVENTS, LETTERS = "admin:events_outbox_outboxevent_changelist", "admin:events_outbox_deadletter_changelist"
 UNDELIVERABLE = "admin:events_outbox_undeliverableevent_changelist"
+DELIVERIES = "admin:notifications_delivery_changelist"
 PAUSES = "admin:events_outbox_consumerpause_changelist"
 OVERVIEW = "admin:index"
 
@@ -104,6 +110,8 @@ def _problems(overview: Overview) -> Iterator[Problem]:
         said += [*_relay(status, overview.relays, now), *_outbox(status)]
     for consumer in overview.consumers:
         said += _consumer(consumer, now)
+    for backlog in overview.database.deliveries or ():
+        said += _deliveries(backlog, overview.database.workers)
     yield from said
     yield from _alerts(overview, said, now)
 
@@ -192,6 +200,20 @@ def _consumer(consumer: ConsumerFigures, now: datetime) -> Iterator[Problem]:
         text = f"{name} has {consumer.dead_letters:,} open dead letter{many}.{error}"
         query = f"state=open&consumer={name}"
         yield Problem(Severity.TICKET, text, "Dead letters", LETTERS, query, "ConsumerDeadLetters", name)
+
+
+def _deliveries(backlog: Backlog, workers: Sequence[Worker] | None) -> Iterator[Problem]:
+    query = f"state=pending&channel={backlog.channel}"
+    if backlog.overdue_seconds > OVERDUE_SECONDS:
+        senders = alive(workers, Worker.Kind.OTHER, worker_name(backlog.channel))
+        nobody = "Nobody runs deliver_notifications: " if senders == [] else ""
+        age = readable_seconds(backlog.overdue_seconds)
+        what = f"{backlog.pending:,} {backlog.channel.label}{'' if backlog.pending == 1 else 's'} to be sent"
+        text = f"{nobody}{what}, the first has been due for {age}."
+        yield Problem(Severity.PAGE, text, "Deliveries", DELIVERIES, query, "DeliveriesWait")
+    if backlog.channel == Channel.EMAIL and backlog.failing > FAILING_EMAILS:
+        text = f"{backlog.failing:,} e-mails could not be sent and are tried again: is the mail server away?"
+        yield Problem(Severity.TICKET, text, "Deliveries", DELIVERIES, query, "EmailsFail")
 
 
 def _stuck(consumer: ConsumerFigures) -> Worker | None:

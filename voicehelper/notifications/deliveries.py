@@ -19,7 +19,7 @@ An attempt is known by its number: a worker that was thought dead and comes back
 import logging
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 from uuid import UUID
@@ -28,6 +28,7 @@ from django.db import InterfaceError, OperationalError, connection, transaction
 from django.utils import timezone
 
 from events_outbox import RetryPolicy, emit_event
+from events_outbox.heartbeats import Kind, State, Vitals
 from events_outbox.operators import note_action
 from voicehelper.proto.notification_pb2 import NotificationFailedPayload, NotificationSentPayload
 
@@ -186,19 +187,26 @@ def attempt(delivery: Delivery) -> Outcome:
     return mail.send(delivery, user.email)
 
 
+def worker_name(channel: str) -> str:
+    """What a loop is called among the workers."""
+    return f"delivery {channel}"
+
+
 @dataclass
 class DeliveryLoop:
     """Sends what is due by one channel until told to stop. Any number of them may run, anywhere.
 
-    `on_tick` is called at least every few seconds, but while something is being sent.
+    `on_tick` is called at least every few seconds, but while something is being sent. `vitals`: what it says of itself.
     """
 
     channel: str
     on_tick: Callable[[], None] = lambda: None
     retry: RetryPolicy = RETRY
     until_idle: bool = False
+    vitals: Vitals = field(default_factory=lambda: Vitals(Kind.OTHER, "delivery"))
 
     def __post_init__(self) -> None:
+        self.on_tick = self.vitals.with_tick(self.on_tick)
         self._stopping = False  # a plain flag: it is set in a signal handler
         self._looked = float("-inf")
 
@@ -208,12 +216,13 @@ class DeliveryLoop:
 
     def run(self) -> None:
         """Return after `stop()`; with `until_idle`, once nothing is due. A database that is away is waited for."""
-        while not self._stopping:
-            self.on_tick()
-            if not self._with_database(self.deliver_next) and not self._stopping:
-                if self.until_idle:
-                    return
-                self._pause(IDLE_SECONDS)
+        with self.vitals.life():
+            while not self._stopping:
+                self.on_tick()
+                if not self._with_database(self.deliver_next) and not self._stopping:
+                    if self.until_idle:
+                        return
+                    self._pause(IDLE_SECONDS)
 
     def deliver_next(self) -> bool:
         """Send what is due longest. False when nothing is due."""
@@ -225,6 +234,9 @@ class DeliveryLoop:
             return False
         started = time.monotonic()
         outcome = self._attempt(delivery)
+        self.vitals.rate.count(1)
+        if outcome.error:
+            self.vitals.failed(outcome.error)
         # The outcome is known by now, and is not to get lost with a session.
         noted = self._with_database(lambda: record_outcome(delivery=delivery, outcome=outcome, retry=self.retry))
         logger.info(
@@ -255,10 +267,14 @@ class DeliveryLoop:
         """Run `work`, again while the database is away. None when told to stop meanwhile."""
         while True:
             try:
-                return work()
+                answer = work()
+                self.vitals.say(State.WORKS)
+                return answer
             except (OperationalError, InterfaceError) as error:
                 if connection.in_atomic_block:
                     raise
+                self.vitals.failed(error)
+                self.vitals.say(State.WAITS_FOR_DATABASE)
                 logger.warning("database away, waiting", extra={"error": str(error).strip()})
                 connection.close()
             if self._stopping:

@@ -16,6 +16,8 @@ from voicehelper.console.database import Database, LastError, TenantRows
 from voicehelper.console.figures import Chart, Figures, Http, Llm, Stores
 from voicehelper.console.overview import ConsumerFigures, Overview, TenantOverview
 from voicehelper.console.state import Severity, state_of, state_of_tenant
+from voicehelper.notifications.backlog import Backlog
+from voicehelper.notifications.models import Channel
 
 NOW = datetime(2026, 3, 4, 3, 0, tzinfo=UTC)
 ALERTS = Path(__file__).resolve().parents[3] / "monitoring/ops/rules/alerts.yml"
@@ -80,11 +82,14 @@ CONSUMER = ConsumerFigures(
 LONG_TRANSACTION = OpenTransaction(7, None, "import", "app", None, "idle in transaction", 700.0, None)
 
 
-def overview(*, missing=(), relays=(), alerts=(), prometheus=None, consumer=None, **status):
+def overview(*, missing=(), relays=(), alerts=(), prometheus=None, consumer=None, deliveries=(), others=(), **status):
     workers = [Worker(kind="relay", name="relay", state=each) for each in relays]
+    workers += [Worker(kind="other", name=each, state="works") for each in others]
     for worker in workers:
         worker.is_alive = True
-    database = Database(status=replace(STATUS, **status), workers=workers, missing=list(missing))
+    database = Database(
+        status=replace(STATUS, **status), workers=workers, missing=list(missing), deliveries=list(deliveries)
+    )
     figures = replace(FIGURES, alerts=alerts, prometheus=prometheus)
     return Overview(NOW, database, figures, [replace(CONSUMER, **(consumer or {}))])
 
@@ -194,6 +199,21 @@ CASES = {
         Severity.TICKET,
         "audit has 2 open dead letters. The last: KeyError: 'a'.",
     ),
+    "deliveries, and nobody to send them": (
+        {"deliveries": [Backlog(Channel.EMAIL, 1, 0, 301.0)], "others": ["delivery webhook"]},
+        Severity.PAGE,
+        "Nobody runs deliver_notifications: 1 e-mail to be sent, the first has been due for 5 min 1 s.",
+    ),
+    "deliveries, more than are sent": (
+        {"deliveries": [Backlog(Channel.WEBHOOK, 9000, 30, 400.0)], "others": ["delivery webhook"]},
+        Severity.PAGE,
+        "9,000 webhooks to be sent, the first has been due for 6 min 40 s.",
+    ),
+    "mail server away": (
+        {"deliveries": [Backlog(Channel.EMAIL, 40, 21, 0.0)]},
+        Severity.TICKET,
+        "21 e-mails could not be sent and are tried again: is the mail server away?",
+    ),
     "alert": (
         {"alerts": [alert("HttpErrors")]},
         Severity.PAGE,
@@ -227,6 +247,7 @@ AT_THE_LIMIT = [
     {"consumer": {"lag": 1, "lag_seconds": 600.0}},
     {"oldest_open_transaction": replace(LONG_TRANSACTION, age_seconds=600.0)},
     {"consumer": {"members": [member("waits for partitions", 30)]}},
+    {"deliveries": [Backlog(Channel.EMAIL, 900, 20, 300.0), Backlog(Channel.WEBHOOK, 900, 900, 0.0)]},
     {"consumer": {"members": [member("waits for partitions", 3000), MEMBER]}},
 ]
 
@@ -279,6 +300,8 @@ THRESHOLDS = {
     "ConsumerLag": state.LAG_EVENTS,
     "ConsumerLate": state.LAG_SECONDS,
     "OutboxTransactionOpen": state.OPEN_TRANSACTION_SECONDS,
+    "DeliveriesWait": state.OVERDUE_SECONDS,
+    "EmailsFail": state.FAILING_EMAILS,
 }
 
 

@@ -1,5 +1,6 @@
 """Deliveries, webhooks and preferences in the admin: who sees what, and who may have what tried again."""
 
+from datetime import timedelta
 from importlib import import_module
 
 import pytest
@@ -9,6 +10,7 @@ from django.db import connection
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.urls import reverse
+from django.utils import timezone
 
 from events_outbox.models import OperatorAction
 from tests.voicehelper.conftest import PASSWORD
@@ -232,3 +234,14 @@ def test_a_migrated_database_has_the_roles_permissions(db):
     operate = look | {"retry_delivery"}
     for name, expected in (("Viewer", look), ("Operator", operate), ("Admin", operate)):
         assert set(Group.objects.get(name=name).permissions.values_list("codename", flat=True)) == expected
+
+
+def test_the_first_page_says_that_nobody_sends_and_leads_to_what_waits(member, bob):
+    document_failed(bob)
+    Delivery.objects.update(next_attempt_at=timezone.now() - timedelta(minutes=6))
+    viewer = member("Viewer")
+    page = viewer.get(reverse("admin:index")).content.decode()
+    assert "Nobody runs deliver_notifications: 1 e-mail to be sent, the first has been due for 6 min" in page
+    link = f"{LIST}?state=pending&channel=email"
+    assert link.replace("&", "&amp;") in page
+    assert len(viewer.get(link).context["cl"].result_list) == 1

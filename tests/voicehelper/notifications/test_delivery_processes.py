@@ -9,7 +9,7 @@ import pytest
 from django.db import connection
 from django.utils import timezone
 
-from events_outbox.models import OutboxEvent
+from events_outbox.models import OutboxEvent, Worker
 from tests.events_outbox.conftest import eventually
 from tests.faults.conftest import Processes, kill_hard
 from tests.services import free_ports
@@ -148,8 +148,23 @@ def test_a_worker_is_looked_at_and_stops_when_it_is_told_to(workers, db):
 
     eventually(lambda: answer("/livez"), 20)
     assert answer("/livez").status_code == answer("/readyz").status_code == answer("/metrics").status_code == 200
+
+    def among_workers():
+        return set(Worker.objects.alive().filter(kind="other").values_list("name", "state", "metrics_port"))
+
+    eventually(lambda: among_workers() == {("delivery email", "works", port), ("delivery webhook", "works", port)})
     worker.terminate()
     assert worker.wait(10) == 0
+    assert among_workers() == set()
+
+
+def test_a_worker_says_what_went_wrong_last(workers, bob, mail_server):
+    mail_server.answers["greeting"] = "421 later"
+    document_failed(bob)
+    workers.output("deliver_notifications", "--channel", "email", "--until-idle")
+    row = Worker.objects.get(name="delivery email")
+    assert (row.state, row.events_total) == ("stopped", 1)
+    assert row.last_error == Delivery.objects.get().last_error != ""
 
 
 def test_a_channel_alone(workers, bob, webhook, receiver, mail_server):

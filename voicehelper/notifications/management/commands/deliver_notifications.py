@@ -3,9 +3,10 @@ from typing import Any
 
 from django.core.management.base import BaseCommand, CommandParser
 
+from events_outbox.heartbeats import Heartbeats, Kind, Vitals
 from events_outbox.management.process import Together, run_until_signalled
 from monitoring.worker import Worker
-from voicehelper.notifications.deliveries import DeliveryLoop
+from voicehelper.notifications.deliveries import DeliveryLoop, worker_name
 from voicehelper.notifications.models import Channel
 
 STALE_SECONDS = 120.0
@@ -23,10 +24,17 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         channels = [options["channel"]] if options["channel"] else [Channel.EMAIL.value, Channel.WEBHOOK.value]
-        with Worker("delivery", options["metrics_port"], loops=channels, stale_after_seconds=STALE_SECONDS) as worker:
+        port = options["metrics_port"]
+        with Worker("delivery", port, loops=channels, stale_after_seconds=STALE_SECONDS) as worker:
             loops = {
-                channel: DeliveryLoop(channel, partial(worker.tick, channel), until_idle=options["until_idle"])
+                channel: DeliveryLoop(
+                    channel,
+                    partial(worker.tick, channel),
+                    until_idle=options["until_idle"],
+                    vitals=Vitals(Kind.OTHER, worker_name(channel), port, stale_after_seconds=STALE_SECONDS),
+                )
                 for channel in channels
             }
             together = Together(loops, worker.done)
-            run_until_signalled(together.run, together.stop)
+            with Heartbeats([loop.vitals for loop in loops.values()]):
+                run_until_signalled(together.run, together.stop)
