@@ -198,7 +198,10 @@ class VectorStore:
         if self._uri.endswith(".db"):
             Path(self._uri).parent.mkdir(parents=True, exist_ok=True)
         seconds = min(timeout_seconds, CONNECT_SECONDS)  # of this and of every later connecting
-        client = milvus().MilvusClient(self._uri, token=self._token, timeout=seconds)
+        # A server that expects no pings of an idle client, as Milvus Lite's, hangs up on it after the fourth, also
+        # when it has just asked something.
+        options = {"grpc.keepalive_permit_without_calls": False}
+        client = milvus().MilvusClient(self._uri, token=self._token, timeout=seconds, grpc_options=options)
         return observe_milvus(client)
 
 
