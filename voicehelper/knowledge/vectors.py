@@ -74,6 +74,7 @@ class VectorStore:
         self._prefix = prefix
         self._lock = threading.Lock()
         self._client: Any = None
+        self._known: set[str] = set()  # collections that were there when last asked
         self._away_until = float("-inf")
 
     def collection(self, embedder: Embedder) -> str:
@@ -145,10 +146,16 @@ class VectorStore:
             )
 
         def ask(client: Any) -> Any:
+            # To search what is not there would count as a search that failed.
+            if collection not in self._known:
+                if not client.has_collection(collection, timeout=max(deadline - time.monotonic(), 0.01)):
+                    return []
+                self._known.add(collection)
             try:
                 return _loaded(client, collection, lambda: find(client), deadline=deadline)[0]
             except milvus().MilvusException as error:
                 if error.code == _NOT_FOUND:
+                    self._known.discard(collection)
                     return []
                 raise
 

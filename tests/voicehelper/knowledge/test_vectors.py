@@ -83,6 +83,24 @@ def test_more_chunks_than_fit_a_request(store):
     assert find(store, "chunk 1099")[0].position == 1_099
 
 
+def test_an_idle_client_sends_no_pings(store):
+    # Milvus Lite hangs up on one that does, but only after 40 s: too long to wait for it here.
+    handler = store._connected(20)._get_connection()
+    assert handler._grpc_options == {"grpc.keepalive_permit_without_calls": False}
+
+
+def test_before_anything_is_indexed_no_search_fails(store):
+    labels = {"collection": store.collection(EMBEDDER)}
+    find(store, "elephants")
+    assert not REGISTRY.get_sample_value("milvus_search_errors_total", labels)
+    put(store, "Elephants")
+    # Somebody deletes it while we know it.
+    store._connected(20).drop_collection(store.collection(EMBEDDER))
+    assert find(store, "elephants") == []
+    put(store, "Mice")
+    assert len(find(store, "mice")) == 1
+
+
 def test_searches_are_timed(store):
     labels = {"collection": store.collection(EMBEDDER)}
     put(store, "Elephants")
