@@ -82,10 +82,28 @@ class VectorStore:
         model = slugify(embedder.name).replace("-", "_")[:100]
         return f"{self._prefix}_{model}_{embedder.dimension}"
 
+    def prepare(self, embedder: Embedder) -> str:
+        """Make the collection for an embedder's vectors, unless it is there; return its name.
+
+        Raises VectorsUnavailable.
+        """
+        collection = self.collection(embedder)
+
+        def write(client: Any) -> None:
+            if not client.has_collection(collection, timeout=WRITE_SECONDS):
+                _create(client, collection, embedder.dimension)
+
+        self._do(write, WRITE_SECONDS)
+        return collection
+
     def replace(self, collection: str, *, tenant_id: UUID, document_id: UUID, chunks: Sequence[Chunk]) -> None:
-        """Make these the chunks of a document. The same once more changes nothing. Raises VectorsUnavailable."""
-        rows = [
-            {
+        """Make these the chunks of a document, in a collection that is prepared. The same once more changes nothing.
+
+        Raises VectorsUnavailable.
+        """
+
+        def row(chunk: Chunk) -> dict[str, Any]:
+            return {
                 "id": f"{document_id}:{chunk.position}",
                 "tenant_id": str(tenant_id),
                 "document_id": str(document_id),
@@ -93,16 +111,13 @@ class VectorStore:
                 "text": chunk.text,
                 "vector": list(chunk.vector),
             }
-            for chunk in chunks
-        ]
 
         def write(client: Any) -> None:
-            if not client.has_collection(collection, timeout=WRITE_SECONDS):
-                _create(client, collection, len(chunks[0].vector))
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                client.upsert(collection, rows[start : start + _ROWS_AT_ONCE], timeout=WRITE_SECONDS)
+            for start in range(0, len(chunks), _ROWS_AT_ONCE):
+                rows = [row(chunk) for chunk in chunks[start : start + _ROWS_AT_ONCE]]
+                client.upsert(collection, rows, timeout=WRITE_SECONDS)
             # What an earlier indexing, with smaller chunks, has left.
-            left = f'document_id == "{document_id}" and position >= {len(rows)}'
+            left = f'document_id == "{document_id}" and position >= {len(chunks)}'
             _loaded(client, collection, lambda: client.delete(collection, filter=left, timeout=WRITE_SECONDS))
 
         self._do(write, WRITE_SECONDS)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from voicehelper.knowledge.embedding import EmbedderUnavailable, HashedNgrams, embedder
+from voicehelper.knowledge.embedding import EmbedderTooSlow, EmbedderUnavailable, HashedNgrams, embed_all, embedder
 
 BUILT_IN = HashedNgrams(256)
 
@@ -42,11 +42,19 @@ def test_texts_that_share_words_are_near():
 
 def test_an_endpoint_is_asked_in_batches(endpoint):
     texts = ["one", "two", "three", "four", "five"]
-    vectors = embedder().embed(texts)
+    vectors = embed_all(embedder(), texts, most_seconds=20)
     assert endpoint.requests == [["one", "two"], ["three", "four"], ["five"]]
     assert set(endpoint.keys) == {"Bearer secret-key"}
     expected = HashedNgrams(endpoint.dimension).embed(texts)
-    assert all(vector == pytest.approx(wanted) for vector, wanted in zip(vectors, expected, strict=True))
+    assert all(list(vector) == pytest.approx(wanted) for vector, wanted in zip(vectors, expected, strict=True))
+    assert {vector.itemsize for vector in vectors} == {4}  # a long document has ten thousand
+
+
+def test_the_time_for_all_is_bounded(endpoint):
+    endpoint.seconds = 0.2
+    with pytest.raises(EmbedderTooSlow, match=r"[24] of 20 chunks took more than 0\.3 seconds"):
+        embed_all(embedder(), ["text"] * 20, most_seconds=0.3)
+    assert len(endpoint.requests) <= 2
 
 
 def test_what_it_uses_is_counted(endpoint):

@@ -21,7 +21,7 @@ def store(milvus) -> VectorStore:
 def put(store: VectorStore, *texts: str, tenant=TENANT, document=None, embedder=EMBEDDER) -> uuid.UUID:
     document = document or uuid.uuid4()
     chunks = [Chunk(at, text, embedder.embed([text])[0]) for at, text in enumerate(texts)]
-    store.replace(store.collection(embedder), tenant_id=tenant, document_id=document, chunks=chunks)
+    store.replace(store.prepare(embedder), tenant_id=tenant, document_id=document, chunks=chunks)
     return document
 
 
@@ -79,7 +79,7 @@ def test_a_document_is_removed_from_every_collection(store):
 def test_more_chunks_than_fit_a_request(store):
     document = uuid.uuid4()
     chunks = [Chunk(at, f"chunk {at}", EMBEDDER.embed([f"chunk {at}"])[0]) for at in range(1_100)]
-    store.replace(store.collection(EMBEDDER), tenant_id=TENANT, document_id=document, chunks=chunks)
+    store.replace(store.prepare(EMBEDDER), tenant_id=TENANT, document_id=document, chunks=chunks)
     assert find(store, "chunk 1099")[0].position == 1_099
 
 
