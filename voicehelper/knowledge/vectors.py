@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -79,8 +80,10 @@ class VectorStore:
 
     def collection(self, embedder: Embedder) -> str:
         """The name of the collection for an embedder's vectors."""
-        model = slugify(embedder.name).replace("-", "_")[:100]
-        return f"{self._prefix}_{model}_{embedder.dimension}"
+        model = slugify(embedder.name)[:100]
+        if model != embedder.name:  # BAAI/bge-m3: other names may come to the same
+            model += f"_{zlib.crc32(embedder.name.encode()):08x}"
+        return f"{self._prefix}_{model.replace('-', '_')}_{embedder.dimension}"
 
     def prepare(self, embedder: Embedder) -> str:
         """Make the collection for an embedder's vectors, unless it is there; return its name.

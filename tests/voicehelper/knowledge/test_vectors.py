@@ -1,3 +1,4 @@
+import re
 import time
 import uuid
 
@@ -30,6 +31,22 @@ def find(store: VectorStore, query: str, tenant=TENANT, *, limit=10, seconds=20.
     return store.search(
         store.collection(embedder), tenant_id=tenant, vector=vector, limit=limit, timeout_seconds=seconds
     )
+
+
+def test_no_two_models_share_a_collection():
+    store = VectorStore("http://127.0.0.1:1", "", "documents")
+
+    def collection(name: str) -> str:
+        model = HashedNgrams(32)
+        model.name = name
+        return store.collection(model)
+
+    assert collection("text-embedding-3-small") == "documents_text_embedding_3_small_32"
+    names = {
+        collection(name) for name in ("BAAI/bge-m3", "baai/bge-m3", "baaibge-m3", "bge:m3", "bgem3", "模型", "x" * 300)
+    }
+    assert len(names) == 7
+    assert all(re.fullmatch("[a-z0-9_]{1,150}", name) for name in names)
 
 
 def test_before_anything_is_indexed_nothing_is_found(store):
