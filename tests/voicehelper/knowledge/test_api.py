@@ -55,6 +55,21 @@ def test_upload_read_and_delete(api, alice, bob, emitted):
     assert (event.aggregate_id, event.user_id) == (body["id"], str(alice.id))
 
 
+def test_an_upload_with_a_key_happens_once(api, bob, emitted):
+    def post(data: bytes, name: str = "a.pdf"):
+        file = SimpleUploadedFile(name, data, "application/pdf")
+        return api(bob).post(DOCUMENTS, {"file": file}, format="multipart", HTTP_IDEMPOTENCY_KEY="one")
+
+    data = pdf("Elephants") + b"\xff"  # which is no text
+    first, again = post(data), post(data)
+    assert (first.status_code, again.status_code, again.json()) == (201, 201, first.json())
+    assert again["Idempotency-Replayed"] == "true"
+    assert_problem(post(data + b" "), 422)
+    assert_problem(post(data, "b.pdf"), 422)
+    assert api(bob).get(f"{DOCUMENTS}/{first.json()['id']}/content").content == data
+    assert Document.objects.count() == len(emitted("document.uploaded")) == 1
+
+
 def test_a_pdf_is_one_whatever_it_is_called(api, bob):
     data = pdf("Hello", "World")
     body = post(api(bob), data, "notes.txt", "text/plain").json()
