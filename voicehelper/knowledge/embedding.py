@@ -136,7 +136,7 @@ class OpenAICompatible:
             # The text of an error may quote what was sent.
             status = getattr(error, "status_code", None)
             raise EmbedderUnavailable(f"{type(error).__name__}{f' {status}' if status else ''}") from None
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise EmbedderUnavailable(f"the answer is not understood ({type(error).__name__})") from None
         if len(vectors) != len(texts):
             raise EmbedderUnavailable(f"{len(texts)} texts were sent and {len(vectors)} vectors came")
@@ -151,7 +151,8 @@ class OpenAICompatible:
             raise EmbedderUnavailable(
                 f"a vector has {numbers.size} numbers, where EMBEDDING_DIMENSION says {self.dimension}"
             )
-        length = float(np.linalg.norm(numbers))
+        with np.errstate(over="ignore"):
+            length = float(np.linalg.norm(numbers))
         if not 0.0 < length < float("inf"):
             raise EmbedderUnavailable("a vector has no direction")
         normalised: list[float] = (numbers / length).tolist()

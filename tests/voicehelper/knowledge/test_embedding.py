@@ -84,6 +84,34 @@ def test_vectors_of_another_length_are_refused(endpoint):
         embedder().embed(["one"])
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        [],
+        "nonsense",
+        {"data": None},
+        {"data": []},
+        {"data": [{"index": 0, "embedding": [1.0] * 32}, {"index": 1, "embedding": [1.0] * 32}]},
+        {"data": [{"index": 0}]},
+        {"data": [{"index": 0, "embedding": None}]},
+        {"data": [{"index": 0, "embedding": "AAAA"}]},
+        {"data": [{"index": 0, "embedding": [[1.0] * 32]}]},
+        {"data": [{"index": 0, "embedding": ["x"] * 32}]},
+        {"data": [{"index": 0, "embedding": [0.0] * 32}]},
+        {"data": [{"index": 0, "embedding": [math.nan] * 32}]},
+        {"data": [{"index": 0, "embedding": [math.inf] * 32}]},
+        {"data": [{"index": 0, "embedding": [1e308] * 32}]},
+        {"data": [{"index": 0, "embedding": [10**400] * 32}]},
+    ],
+    ids=range(16),
+)
+def test_an_answer_that_makes_no_sense(endpoint, answer):
+    endpoint.answers_with = answer
+    with pytest.raises(EmbedderUnavailable):
+        embedder().embed(["private"])
+
+
 def test_one_that_hangs_is_not_waited_for(endpoint):
     endpoint.gate.clear()
     started = time.monotonic()
