@@ -1,3 +1,4 @@
+import tracemalloc
 import uuid
 
 import pytest
@@ -8,7 +9,7 @@ from rest_framework.test import APIClient
 from events_outbox.testing import handle_now
 from tests.voicehelper.conftest import assert_problem
 from voicehelper.knowledge.models import Document
-from voicehelper.knowledge.services import delete_document
+from voicehelper.knowledge.services import delete_document, upload_document
 
 from .files import encrypted, pdf
 
@@ -127,6 +128,18 @@ def test_the_largest_file_is_kept_whole(api, bob, settings):
     body = post(api(bob), data).json()
     assert body["size_bytes"] == len(data)
     assert api(bob).get(f"{DOCUMENTS}/{body['id']}/content").content == data
+
+
+def test_an_upload_takes_few_times_its_size_in_memory(bob, settings):
+    data = b"Elephant " * (settings.KNOWLEDGE.max_bytes // 9)
+    upload_document(user=bob, data=data, file_name="warm.txt")
+    tracemalloc.start()
+    try:
+        upload_document(user=bob, data=data, file_name="a.txt")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(data)
 
 
 @pytest.mark.parametrize("fields", [{}, {"file": "text"}, {"title": "only"}])
