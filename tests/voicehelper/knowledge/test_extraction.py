@@ -1,9 +1,9 @@
-import os
 import signal
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from voicehelper.knowledge import extraction
@@ -125,19 +125,16 @@ def test_where_memory_runs_out_the_reader_ends_and_it_is_the_files_fault(number,
         except (UnreadableDocument, RuntimeError) as error:
             outcomes.append(str(error))
 
-    def reader() -> int | None:
-        for task in Path(f"/proc/{os.getpid()}/task").iterdir():
-            for child in (task / "children").read_text().split():
-                if b"pdf_text.py" in Path(f"/proc/{child}/cmdline").read_bytes():
-                    return int(child)
-        return None
+    def reader() -> psutil.Process | None:
+        children = psutil.Process().children()
+        return next((child for child in children if str(extraction._PROGRAM) in child.cmdline()), None)
 
     thread = threading.Thread(target=read)
     thread.start()
     eventually(reader, "the PDF is being read")
-    score = Path(f"/proc/{reader()}/oom_score_adj")
+    score = Path(f"/proc/{reader().pid}/oom_score_adj")
     eventually(lambda: score.read_text() == "1000\n", "the system would end it first")
-    os.kill(reader(), number)
+    reader().send_signal(number)
     thread.join(20)
     assert len(outcomes) == 1 and outcome in outcomes[0]
 
