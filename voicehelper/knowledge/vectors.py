@@ -226,7 +226,10 @@ class VectorStore:
         # A server that expects no pings of an idle client, as Milvus Lite's, hangs up on it after the fourth, also
         # when it has just asked something.
         options = {"grpc.keepalive_permit_without_calls": False}
-        client = milvus().MilvusClient(self._uri, token=self._token, timeout=seconds, grpc_options=options)
+        try:
+            client = milvus().MilvusClient(self._uri, token=self._token, timeout=seconds, grpc_options=options)
+        except milvus().MilvusException as error:
+            raise VectorsUnavailable(error.message) from None  # it names the server; nothing was sent yet
         return observe_milvus(client)
 
 

@@ -179,7 +179,7 @@ def test_one_that_hangs_is_not_waited_for(store, milvus):
 
 def test_while_it_is_away_only_one_asks_and_all_others_know_at_once():
     store = VectorStore("http://127.0.0.1:1", "", "away")
-    with pytest.raises(VectorsUnavailable):
+    with pytest.raises(VectorsUnavailable, match=r"connecting to server on 127\.0\.0\.1:1"):
         find(store, "elephants", seconds=1.0)
     started = time.monotonic()
     for _ in range(20):
