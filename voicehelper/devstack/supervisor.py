@@ -301,7 +301,15 @@ class Supervisor:
         if not self.stopping:
             self.stopping = True
             raise StopRequested
-        for child in (self.preparing, self.web, self.prometheus, *self.workers, self.broker, self.postgres):
+        for child in (
+            self.preparing,
+            self.web,
+            self.prometheus,
+            *self.workers,
+            self.broker,
+            self.milvus,
+            self.postgres,
+        ):
             if child:
                 child.kill_without_waiting()
         os._exit(128 + number)

@@ -13,6 +13,7 @@ from functools import wraps
 from http import HTTPStatus
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from django.core.files.uploadedfile import UploadedFile
 from django.db import OperationalError, connection, transaction
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.request import Request
@@ -117,8 +118,21 @@ def _prune() -> None:
         cursor.execute(_PRUNE_SQL, [KEPT_HOURS, PRUNED_AT_ONCE])
 
 
+class _Body(JSONEncoder):
+    """A request's body as JSON; of a file, what it is called and the hash of what is in it."""
+
+    def default(self, obj: Any) -> Any:
+        if not isinstance(obj, UploadedFile):
+            return super().default(obj)
+        digest = hashlib.sha256()
+        for chunk in obj.chunks():
+            digest.update(chunk)
+        obj.seek(0)
+        return [obj.name, obj.content_type, digest.hexdigest()]
+
+
 def _fingerprint(request: Request) -> bytes:
     """Of what the request asks for: the order of a JSON object's members does not matter."""
-    body = json.dumps(request.data, sort_keys=True, cls=JSONEncoder)
+    body = json.dumps(request.data, sort_keys=True, cls=_Body)
     text = "\n".join((str(request.method), request.path, body))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()

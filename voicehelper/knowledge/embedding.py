@@ -6,8 +6,10 @@ compare: each has a collection of its own, so that after a change of settings no
 """
 
 import re
+import time
 import unicodedata
 import zlib
+from array import array
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -26,6 +28,10 @@ class EmbedderUnavailable(Exception):
     """The embedder did not give what it was asked for. To try again later may help; nothing is lost."""
 
 
+class EmbedderTooSlow(EmbedderUnavailable):
+    """All of a document's chunks take longer than is allowed, and would do so again."""
+
+
 class Embedder(Protocol):
     """`name` is part of the collection's name, `dimension` the length of every vector."""
 
@@ -33,9 +39,9 @@ class Embedder(Protocol):
     dimension: int
 
     def embed(self, texts: Sequence[str], *, timeout_seconds: float | None = None) -> list[list[float]]:
-        """Return a vector of length 1 for each text, in order.
+        """Return a vector of length 1 for each of at most EMBEDDING_BATCH_SIZE texts, in order.
 
-        `timeout_seconds`: for each request; None takes EMBEDDING_TIMEOUT_SECONDS. Raises EmbedderUnavailable.
+        `timeout_seconds`: None takes EMBEDDING_TIMEOUT_SECONDS. Raises EmbedderUnavailable.
         """
 
 
@@ -108,7 +114,6 @@ class OpenAICompatible:
 
         self.name = conf.embedding_model
         self.dimension = conf.embedding_dimension
-        self._batch_size = conf.embedding_batch_size
         self._timeout_seconds = conf.embedding_timeout_seconds
         self._error = openai.OpenAIError
         client = openai.OpenAI(
@@ -119,16 +124,10 @@ class OpenAICompatible:
         self._client = observe_openai(client, provider="embedding")
 
     def embed(self, texts: Sequence[str], *, timeout_seconds: float | None = None) -> list[list[float]]:
-        vectors: list[list[float]] = []
-        for start in range(0, len(texts), self._batch_size):
-            vectors += self._embed_batch(list(texts[start : start + self._batch_size]), timeout_seconds)
-        return vectors
-
-    def _embed_batch(self, texts: list[str], timeout_seconds: float | None) -> list[list[float]]:
         try:
             answer = self._client.embeddings.create(
                 model=self.name,
-                input=texts,
+                input=list(texts),
                 encoding_format="float",
                 timeout=timeout_seconds or self._timeout_seconds,
             )
@@ -137,7 +136,7 @@ class OpenAICompatible:
             # The text of an error may quote what was sent.
             status = getattr(error, "status_code", None)
             raise EmbedderUnavailable(f"{type(error).__name__}{f' {status}' if status else ''}") from None
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
             raise EmbedderUnavailable(f"the answer is not understood ({type(error).__name__})") from None
         if len(vectors) != len(texts):
             raise EmbedderUnavailable(f"{len(texts)} texts were sent and {len(vectors)} vectors came")
@@ -152,11 +151,27 @@ class OpenAICompatible:
             raise EmbedderUnavailable(
                 f"a vector has {numbers.size} numbers, where EMBEDDING_DIMENSION says {self.dimension}"
             )
-        length = float(np.linalg.norm(numbers))
+        with np.errstate(over="ignore"):
+            length = float(np.linalg.norm(numbers))
         if not 0.0 < length < float("inf"):
             raise EmbedderUnavailable("a vector has no direction")
         normalised: list[float] = (numbers / length).tolist()
         return normalised
+
+
+def embed_all(model: Embedder, texts: Sequence[str], *, most_seconds: float) -> list[Sequence[float]]:
+    """Embed any number of texts, in batches. A vector takes 4 bytes a number, not the 32 of a list.
+
+    Raises EmbedderUnavailable, EmbedderTooSlow when it is not done within `most_seconds` and a batch.
+    """
+    batch_size = knowledge_settings().embedding_batch_size
+    deadline = time.monotonic() + most_seconds
+    vectors: list[Sequence[float]] = []
+    for start in range(0, len(texts), batch_size):
+        if time.monotonic() >= deadline:
+            raise EmbedderTooSlow(f"{start} of {len(texts)} chunks took more than {most_seconds:g} seconds")
+        vectors += [array("f", vector) for vector in model.embed(texts[start : start + batch_size])]
+    return vectors
 
 
 def embedder() -> Embedder:

@@ -2,7 +2,8 @@
 
 What it writes to Milvus is outside the transaction, and idempotent: chunks have ids of their own, and a document that
 was deleted meanwhile is not written. While Milvus or the embedder is away an event is tried again for a minute and a
-half; then it becomes a dead letter, for an operator to replay, and after six of ten the consumer pauses.
+half; then it becomes a dead letter, for an operator to replay, and after six of ten the consumer pauses. One that
+takes too long is one at once: it would hold up all others as long again, until the group gives it to another member.
 """
 
 from uuid import UUID
@@ -10,6 +11,7 @@ from uuid import UUID
 from events_outbox import Consumer, Event, FailureGuard, PermanentEventError, RetryPolicy
 from voicehelper.proto.document_pb2 import DocumentDeletedPayload, DocumentUploadedPayload
 
+from .embedding import EmbedderTooSlow
 from .events import DOCUMENT_DELETED, DOCUMENT_UPLOADED
 from .services import index_document, remove_vectors
 
@@ -25,7 +27,10 @@ knowledge = Consumer(
 
 @knowledge.handles(DOCUMENT_UPLOADED)
 def index(event: Event[DocumentUploadedPayload]) -> None:
-    index_document(document_id=_document_id(event.payload.document_id))
+    try:
+        index_document(document_id=_document_id(event.payload.document_id))
+    except EmbedderTooSlow as error:
+        raise PermanentEventError(str(error)) from error
 
 
 @knowledge.handles(DOCUMENT_DELETED)

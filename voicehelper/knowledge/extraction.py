@@ -20,11 +20,11 @@ _PDF_BEGINS_WITHIN = 1024  # bytes: readers put up with something before it
 _MARKDOWN_ENDINGS = {".md", ".markdown", ".mdown"}
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 _INSPECT_SECONDS = 10.0  # a request waits for it
-_FROM_OUTSIDE = {signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGHUP}
+_FROM_OUTSIDE = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 _ERRORS = {
     "encrypted": "The PDF is protected by a password. Remove the protection and upload it again.",
-    "cipher": "The PDF is encrypted in a way that cannot be read. Save it without encryption and upload it again.",
+    "unsupported": "The PDF is encrypted or packed in a way that cannot be read. Save it without and upload it again.",
     "damaged": "The PDF is damaged: it cannot be read.",
     "too_many_pages": "The PDF has {pages} pages; {max_pages} are allowed.",
     "too_much_text": "The PDF holds more than {max_chars} characters of text.",
@@ -46,9 +46,15 @@ def sniff(data: bytes, *, file_name: str, declared_type: str) -> str:
     """
     if not data:
         raise UnreadableDocument("The file is empty.")
-    if b"%PDF-" in data[:_PDF_BEGINS_WITHIN]:
+    beginning = data[:_PDF_BEGINS_WITHIN]
+    if beginning.lstrip().startswith(b"%PDF-"):
         return Document.ContentType.PDF
-    text_of(data)
+    try:
+        text_of(data)
+    except UnreadableDocument:
+        if b"%PDF-" in beginning:
+            return Document.ContentType.PDF
+        raise
     is_markdown = PurePath(file_name).suffix.lower() in _MARKDOWN_ENDINGS or declared_type == "text/markdown"
     return Document.ContentType.MARKDOWN if is_markdown else Document.ContentType.TEXT
 
@@ -93,8 +99,9 @@ def _read_pdf(mode: str, data: bytes, seconds: float) -> dict[str, Any]:
     limits = [conf.max_pages, conf.max_chars, conf.pdf_memory_mb, math.ceil(seconds)]
     try:
         done = subprocess.run(  # noqa: S603  (our own program, whose arguments are numbers)
-            # -I: it sees neither the environment nor the working directory.
+            # It sees neither our environment, with its secrets, nor the working directory.
             [sys.executable, "-I", str(_PROGRAM), mode, *map(str, limits)],
+            env={},
             input=data,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # warnings that quote the content
@@ -117,5 +124,5 @@ def _answer(done: subprocess.CompletedProcess[bytes]) -> dict[str, Any]:
         return answer
     if -done.returncode in _FROM_OUTSIDE:
         raise RuntimeError(f"reading a PDF was ended by {signal.Signals(-done.returncode).name}: it is tried again")
-    # Out of its time (SIGXCPU), or the interpreter itself gave up.
+    # Out of its time (SIGXCPU), ended by the system that ran out of memory (SIGKILL), or the interpreter gave up.
     return {"error": "too_slow" if done.returncode == -signal.SIGXCPU else "too_much_memory"}

@@ -3,10 +3,13 @@
 from pathlib import PurePath
 from uuid import UUID
 
-from django.db import models, transaction
+import psycopg
+from django.db import connection, models, transaction
 from django.utils import timezone
 
 from events_outbox import emit_event
+from events_outbox.conf import outbox_settings
+from monitoring.database import timed
 from voicehelper.identity.models import User
 from voicehelper.proto.document_pb2 import (
     DocumentDeletedPayload,
@@ -17,10 +20,10 @@ from voicehelper.proto.document_pb2 import (
 
 from .chunking import chunks
 from .conf import knowledge_settings
-from .embedding import embedder
+from .embedding import embed_all, embedder
 from .events import DOCUMENT_DELETED, DOCUMENT_FAILED, DOCUMENT_INDEXED, DOCUMENT_UPLOADED
 from .extraction import UnreadableDocument, extract, inspect, sniff
-from .models import Document, DocumentContent
+from .models import Document
 from .vectors import Chunk, vector_store
 
 METADATA = {"source": "knowledge-service"}
@@ -52,7 +55,7 @@ def upload_document(*, user: User, data: bytes, file_name: str, title: str = "",
             size_bytes=len(data),
             page_count=page_count,
         )
-        DocumentContent.objects.create(document=document, data=data)
+        _keep_content(document.id, data)
         emit_event(
             DOCUMENT_UPLOADED,
             DocumentUploadedPayload(
@@ -67,6 +70,19 @@ def upload_document(*, user: User, data: bytes, file_name: str, title: str = "",
             metadata=METADATA,
         )
     return document
+
+
+_CONTENT_SQL = "INSERT INTO knowledge_documentcontent (document_id, data) VALUES (%s, %b)"
+
+
+def _keep_content(document_id: UUID, data: bytes) -> None:
+    """As bytes: Django's own cursor writes them into the statement, which takes seven times their size in memory."""
+    with (
+        timed(connection, _CONTENT_SQL),
+        connection.wrap_database_errors,
+        psycopg.Cursor(connection.connection) as cursor,
+    ):
+        cursor.execute(_CONTENT_SQL, [document_id, data])
 
 
 @transaction.atomic
@@ -93,9 +109,12 @@ def index_document(*, document_id: UUID, again: bool = False) -> None:
     """Make a document findable, and emit document.indexed; or document.failed when its content does not allow it.
 
     Nothing is done for a document that is not there (any more), and for one that is not in the status uploaded,
-    unless `again`. Raises VectorsUnavailable and EmbedderUnavailable, with nothing changed: try again later.
+    unless `again`. One that becomes again what it was emits nothing: its uploader has been told.
+
+    Raises VectorsUnavailable and EmbedderUnavailable, with nothing changed: try again later. EmbedderTooSlow comes
+    after half of BATCH_TIMEOUT_SECONDS, and will come again.
     """
-    document = _to_index(document_id, again).first()
+    document = _to_index(document_id, again).select_related("content").first()
     if document is None:
         return
     conf, model, store = knowledge_settings(), embedder(), vector_store()
@@ -108,8 +127,11 @@ def index_document(*, document_id: UUID, again: bool = False) -> None:
     texts = list(
         chunks(text, most_chars=conf.chunk_chars, overlap_chars=conf.chunk_overlap_chars, has_headings=is_markdown)
     )
+    # Before what takes long, and may be paid for: it is not done in vain, time and again, while Milvus is away.
+    collection = store.prepare(model)
     # With the title, which says what a piece is about that does not say it itself.
-    vectors = model.embed([f"{document.title}\n{text}" for text in texts])
+    titled = [f"{document.title}\n{text}" for text in texts]
+    vectors = embed_all(model, titled, most_seconds=outbox_settings().BATCH_TIMEOUT_SECONDS / 2)
     pieces = [Chunk(position, *piece) for position, piece in enumerate(zip(texts, vectors, strict=True))]
     with transaction.atomic():
         # The slow part is over. While the lock is held the document cannot be deleted, so its deletion's event comes
@@ -117,19 +139,20 @@ def index_document(*, document_id: UUID, again: bool = False) -> None:
         locked = _to_index(document_id, again).select_for_update(no_key=True).first()
         if locked is None:
             return
-        collection = store.collection(model)
+        is_new = locked.status != Document.Status.INDEXED
         store.replace(collection, tenant_id=locked.tenant_id, document_id=locked.id, chunks=pieces)
         locked.status, locked.error, locked.indexed_at = Document.Status.INDEXED, "", timezone.now()
         locked.chunk_count, locked.collection = len(pieces), collection
         locked.save(update_fields=["status", "error", "indexed_at", "chunk_count", "collection", "updated_at"])
-        emit_event(
-            DOCUMENT_INDEXED,
-            DocumentIndexedPayload(document_id=str(locked.id), chunk_count=len(pieces), collection=collection),
-            aggregate_id=locked.id,
-            tenant_id=locked.tenant_id,
-            user_id=locked.user_id,
-            metadata=METADATA,
-        )
+        if is_new:
+            emit_event(
+                DOCUMENT_INDEXED,
+                DocumentIndexedPayload(document_id=str(locked.id), chunk_count=len(pieces), collection=collection),
+                aggregate_id=locked.id,
+                tenant_id=locked.tenant_id,
+                user_id=locked.user_id,
+                metadata=METADATA,
+            )
 
 
 @transaction.atomic
@@ -137,16 +160,21 @@ def _fail(document_id: UUID, again: bool, error: str) -> None:
     document = _to_index(document_id, again).select_for_update(no_key=True).first()
     if document is None:
         return
+    before = document.status
+    if before == Document.Status.INDEXED:  # what is found of it would be of a document that has failed
+        vector_store().remove(document_id)
+        document.chunk_count, document.collection = 0, ""
     document.status, document.error, document.indexed_at = Document.Status.FAILED, error, None
-    document.save(update_fields=["status", "error", "indexed_at", "updated_at"])
-    emit_event(
-        DOCUMENT_FAILED,
-        DocumentFailedPayload(document_id=str(document.id), title=document.title, error=error),
-        aggregate_id=document.id,
-        tenant_id=document.tenant_id,
-        user_id=document.user_id,
-        metadata=METADATA,
-    )
+    document.save(update_fields=["status", "error", "indexed_at", "chunk_count", "collection", "updated_at"])
+    if before != Document.Status.FAILED:
+        emit_event(
+            DOCUMENT_FAILED,
+            DocumentFailedPayload(document_id=str(document.id), title=document.title, error=error),
+            aggregate_id=document.id,
+            tenant_id=document.tenant_id,
+            user_id=document.user_id,
+            metadata=METADATA,
+        )
 
 
 def _to_index(document_id: UUID, again: bool) -> models.QuerySet[Document]:

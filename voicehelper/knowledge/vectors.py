@@ -17,6 +17,7 @@ import logging
 import os
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,17 +75,38 @@ class VectorStore:
         self._prefix = prefix
         self._lock = threading.Lock()
         self._client: Any = None
+        self._known: set[str] = set()  # collections that were there when last asked
         self._away_until = float("-inf")
 
     def collection(self, embedder: Embedder) -> str:
         """The name of the collection for an embedder's vectors."""
-        model = slugify(embedder.name).replace("-", "_")[:100]
-        return f"{self._prefix}_{model}_{embedder.dimension}"
+        model = slugify(embedder.name)[:100]
+        if model != embedder.name:  # BAAI/bge-m3: other names may come to the same
+            model += f"_{zlib.crc32(embedder.name.encode()):08x}"
+        return f"{self._prefix}_{model.replace('-', '_')}_{embedder.dimension}"
+
+    def prepare(self, embedder: Embedder) -> str:
+        """Make the collection for an embedder's vectors, unless it is there; return its name.
+
+        Raises VectorsUnavailable.
+        """
+        collection = self.collection(embedder)
+
+        def write(client: Any) -> None:
+            if not client.has_collection(collection, timeout=WRITE_SECONDS):
+                _create(client, collection, embedder.dimension)
+
+        self._do(write, WRITE_SECONDS)
+        return collection
 
     def replace(self, collection: str, *, tenant_id: UUID, document_id: UUID, chunks: Sequence[Chunk]) -> None:
-        """Make these the chunks of a document. The same once more changes nothing. Raises VectorsUnavailable."""
-        rows = [
-            {
+        """Make these the chunks of a document, in a collection that is prepared. The same once more changes nothing.
+
+        Raises VectorsUnavailable.
+        """
+
+        def row(chunk: Chunk) -> dict[str, Any]:
+            return {
                 "id": f"{document_id}:{chunk.position}",
                 "tenant_id": str(tenant_id),
                 "document_id": str(document_id),
@@ -92,16 +114,13 @@ class VectorStore:
                 "text": chunk.text,
                 "vector": list(chunk.vector),
             }
-            for chunk in chunks
-        ]
 
         def write(client: Any) -> None:
-            if not client.has_collection(collection, timeout=WRITE_SECONDS):
-                _create(client, collection, len(chunks[0].vector))
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                client.upsert(collection, rows[start : start + _ROWS_AT_ONCE], timeout=WRITE_SECONDS)
+            for start in range(0, len(chunks), _ROWS_AT_ONCE):
+                rows = [row(chunk) for chunk in chunks[start : start + _ROWS_AT_ONCE]]
+                client.upsert(collection, rows, timeout=WRITE_SECONDS)
             # What an earlier indexing, with smaller chunks, has left.
-            left = f'document_id == "{document_id}" and position >= {len(rows)}'
+            left = f'document_id == "{document_id}" and position >= {len(chunks)}'
             _loaded(client, collection, lambda: client.delete(collection, filter=left, timeout=WRITE_SECONDS))
 
         self._do(write, WRITE_SECONDS)
@@ -145,10 +164,16 @@ class VectorStore:
             )
 
         def ask(client: Any) -> Any:
+            # To search what is not there would count as a search that failed.
+            if collection not in self._known:
+                if not client.has_collection(collection, timeout=max(deadline - time.monotonic(), 0.01)):
+                    return []
+                self._known.add(collection)
             try:
                 return _loaded(client, collection, lambda: find(client), deadline=deadline)[0]
             except milvus().MilvusException as error:
                 if error.code == _NOT_FOUND:
+                    self._known.discard(collection)
                     return []
                 raise
 
@@ -198,7 +223,13 @@ class VectorStore:
         if self._uri.endswith(".db"):
             Path(self._uri).parent.mkdir(parents=True, exist_ok=True)
         seconds = min(timeout_seconds, CONNECT_SECONDS)  # of this and of every later connecting
-        client = milvus().MilvusClient(self._uri, token=self._token, timeout=seconds)
+        # A server that expects no pings of an idle client, as Milvus Lite's, hangs up on it after the fourth, also
+        # when it has just asked something.
+        options = {"grpc.keepalive_permit_without_calls": False}
+        try:
+            client = milvus().MilvusClient(self._uri, token=self._token, timeout=seconds, grpc_options=options)
+        except milvus().MilvusException as error:
+            raise VectorsUnavailable(error.message) from None  # it names the server; nothing was sent yet
         return observe_milvus(client)
 
 

@@ -86,7 +86,8 @@ def upload(milvus) -> Callable[..., Document]:
 class EmbeddingEndpoint:
     """Answers `POST /v1/embeddings` as OpenAI's does, with vectors of the built-in embedder.
 
-    `fails_with`: the status of an error instead. `dimension`: of its vectors. `gate`: a request waits for it.
+    `fails_with`: the status of an error instead, `answers_with`: other JSON instead. `dimension`: of its vectors.
+    `gate`: a request waits for it, and then for `seconds`.
     `requests`: the texts of each request, and `keys` what it was authorised with.
     """
 
@@ -96,6 +97,8 @@ class EmbeddingEndpoint:
         self.requests: list[list[str]] = []
         self.keys: list[str] = []
         self.fails_with: int | None = None
+        self.answers_with: object = None
+        self.seconds = 0.0
         self.gate = threading.Event()
         self.gate.set()
         endpoint = self
@@ -106,6 +109,7 @@ class EmbeddingEndpoint:
                 endpoint.requests.append(body["input"])
                 endpoint.keys.append(self.headers["Authorization"])
                 endpoint.gate.wait(20)
+                time.sleep(endpoint.seconds)
                 status, answer = endpoint._answer(body["input"])
                 data = json.dumps(answer).encode()
                 self.send_response(status)
@@ -123,6 +127,8 @@ class EmbeddingEndpoint:
     def _answer(self, texts: list[str]) -> tuple[int, dict]:
         if self.fails_with:
             return self.fails_with, {"error": {"message": f"no: {texts[0]}"}}
+        if self.answers_with is not None:
+            return 200, self.answers_with
         vectors = HashedNgrams(self.dimension).embed(texts)
         # Not in order, and not of length 1: neither is promised.
         data = [

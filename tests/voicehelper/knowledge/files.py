@@ -4,6 +4,7 @@ import io
 import zlib
 
 from pypdf import PdfReader, PdfWriter
+from pypdf.generic import DictionaryObject, NameObject, NumberObject
 
 PLAIN = b"BT /F1 12 Tf 72 720 Td (%s) Tj ET"
 
@@ -42,10 +43,24 @@ def pdf_of(contents: list[bytes], *, kids: int = 1, is_packed: bool = False) -> 
     )
 
 
-def encrypted(data: bytes, password: str) -> bytes:
-    """The PDF with a password; "" encrypts it, too, and anybody may read it."""
+def encrypted(data: bytes, password: str, *, says_aes: bool = False) -> bytes:
+    """The PDF with a password; "" encrypts it, too, and anybody may read it.
+
+    `says_aes`: it says that it is AES-128. What cannot decrypt that does not see that it is not.
+    """
     writer = PdfWriter(clone_from=PdfReader(io.BytesIO(data)))
     writer.encrypt(user_password=password, owner_password="owner", algorithm="RC4-128")
+    if says_aes:
+        cipher = DictionaryObject({NameObject("/CFM"): NameObject("/AESV2"), NameObject("/Length"): NumberObject(16)})
+        writer._encrypt_entry.update(
+            {
+                NameObject("/V"): NumberObject(4),
+                NameObject("/R"): NumberObject(4),
+                NameObject("/CF"): DictionaryObject({NameObject("/StdCF"): cipher}),
+                NameObject("/StmF"): NameObject("/StdCF"),
+                NameObject("/StrF"): NameObject("/StdCF"),
+            }
+        )
     packed = io.BytesIO()
     writer.write(packed)
     return packed.getvalue()

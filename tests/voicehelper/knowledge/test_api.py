@@ -1,3 +1,4 @@
+import tracemalloc
 import uuid
 
 import pytest
@@ -8,7 +9,7 @@ from rest_framework.test import APIClient
 from events_outbox.testing import handle_now
 from tests.voicehelper.conftest import assert_problem
 from voicehelper.knowledge.models import Document
-from voicehelper.knowledge.services import delete_document
+from voicehelper.knowledge.services import delete_document, upload_document
 
 from .files import encrypted, pdf
 
@@ -53,6 +54,21 @@ def test_upload_read_and_delete(api, alice, bob, emitted):
     assert_problem(client.delete(f"{DOCUMENTS}/{body['id']}"), 404)
     [event] = emitted("document.deleted")
     assert (event.aggregate_id, event.user_id) == (body["id"], str(alice.id))
+
+
+def test_an_upload_with_a_key_happens_once(api, bob, emitted):
+    def post(data: bytes, name: str = "a.pdf"):
+        file = SimpleUploadedFile(name, data, "application/pdf")
+        return api(bob).post(DOCUMENTS, {"file": file}, format="multipart", HTTP_IDEMPOTENCY_KEY="one")
+
+    data = pdf("Elephants") + b"\xff"  # which is no text
+    first, again = post(data), post(data)
+    assert (first.status_code, again.status_code, again.json()) == (201, 201, first.json())
+    assert again["Idempotency-Replayed"] == "true"
+    assert_problem(post(data + b" "), 422)
+    assert_problem(post(data, "b.pdf"), 422)
+    assert api(bob).get(f"{DOCUMENTS}/{first.json()['id']}/content").content == data
+    assert Document.objects.count() == len(emitted("document.uploaded")) == 1
 
 
 def test_a_pdf_is_one_whatever_it_is_called(api, bob):
@@ -112,6 +128,18 @@ def test_the_largest_file_is_kept_whole(api, bob, settings):
     body = post(api(bob), data).json()
     assert body["size_bytes"] == len(data)
     assert api(bob).get(f"{DOCUMENTS}/{body['id']}/content").content == data
+
+
+def test_an_upload_takes_few_times_its_size_in_memory(bob, settings):
+    data = b"Elephant " * (settings.KNOWLEDGE.max_bytes // 9)
+    upload_document(user=bob, data=data, file_name="warm.txt")
+    tracemalloc.start()
+    try:
+        upload_document(user=bob, data=data, file_name="a.txt")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 * len(data)
 
 
 @pytest.mark.parametrize("fields", [{}, {"file": "text"}, {"title": "only"}])

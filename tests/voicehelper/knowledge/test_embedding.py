@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from voicehelper.knowledge.embedding import EmbedderUnavailable, HashedNgrams, embedder
+from voicehelper.knowledge.embedding import EmbedderTooSlow, EmbedderUnavailable, HashedNgrams, embed_all, embedder
 
 BUILT_IN = HashedNgrams(256)
 
@@ -42,11 +42,19 @@ def test_texts_that_share_words_are_near():
 
 def test_an_endpoint_is_asked_in_batches(endpoint):
     texts = ["one", "two", "three", "four", "five"]
-    vectors = embedder().embed(texts)
+    vectors = embed_all(embedder(), texts, most_seconds=20)
     assert endpoint.requests == [["one", "two"], ["three", "four"], ["five"]]
     assert set(endpoint.keys) == {"Bearer secret-key"}
     expected = HashedNgrams(endpoint.dimension).embed(texts)
-    assert all(vector == pytest.approx(wanted) for vector, wanted in zip(vectors, expected, strict=True))
+    assert all(list(vector) == pytest.approx(wanted) for vector, wanted in zip(vectors, expected, strict=True))
+    assert {vector.itemsize for vector in vectors} == {4}  # a long document has ten thousand
+
+
+def test_the_time_for_all_is_bounded(endpoint):
+    endpoint.seconds = 0.2
+    with pytest.raises(EmbedderTooSlow, match=r"[24] of 20 chunks took more than 0\.3 seconds"):
+        embed_all(embedder(), ["text"] * 20, most_seconds=0.3)
+    assert len(endpoint.requests) <= 2
 
 
 def test_what_it_uses_is_counted(endpoint):
@@ -74,6 +82,34 @@ def test_vectors_of_another_length_are_refused(endpoint):
     endpoint.dimension = 16
     with pytest.raises(EmbedderUnavailable, match="16 numbers, where EMBEDDING_DIMENSION says 32"):
         embedder().embed(["one"])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        [],
+        "nonsense",
+        {"data": None},
+        {"data": []},
+        {"data": [{"index": 0, "embedding": [1.0] * 32}, {"index": 1, "embedding": [1.0] * 32}]},
+        {"data": [{"index": 0}]},
+        {"data": [{"index": 0, "embedding": None}]},
+        {"data": [{"index": 0, "embedding": "AAAA"}]},
+        {"data": [{"index": 0, "embedding": [[1.0] * 32]}]},
+        {"data": [{"index": 0, "embedding": ["x"] * 32}]},
+        {"data": [{"index": 0, "embedding": [0.0] * 32}]},
+        {"data": [{"index": 0, "embedding": [math.nan] * 32}]},
+        {"data": [{"index": 0, "embedding": [math.inf] * 32}]},
+        {"data": [{"index": 0, "embedding": [1e308] * 32}]},
+        {"data": [{"index": 0, "embedding": [10**400] * 32}]},
+    ],
+    ids=range(16),
+)
+def test_an_answer_that_makes_no_sense(endpoint, answer):
+    endpoint.answers_with = answer
+    with pytest.raises(EmbedderUnavailable):
+        embedder().embed(["private"])
 
 
 def test_one_that_hangs_is_not_waited_for(endpoint):

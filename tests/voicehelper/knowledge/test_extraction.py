@@ -1,9 +1,15 @@
+import signal
+import threading
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
+from voicehelper.knowledge import extraction
 from voicehelper.knowledge.extraction import UnreadableDocument, extract, inspect, sniff
 
+from .conftest import eventually
 from .files import PLAIN, encrypted, pdf, pdf_of
 
 PDF = "application/pdf"
@@ -19,6 +25,8 @@ PDF = "application/pdf"
         (b"# Hello", "a", "text/markdown", "text/markdown"),
         (pdf("Hello"), "a.txt", "text/plain", PDF),
         (b"\n\n" + pdf("Hello"), "a", "", PDF),
+        (b"something\xff before it\n" + pdf("Hello"), "a", "", PDF),
+        (b"A PDF begins with %PDF-1.4.", "a.txt", "", "text/plain"),
         ("\ufeffHällo".encode(), "a.txt", "", "text/plain"),
     ],
 )
@@ -60,6 +68,13 @@ def test_a_pdf_with_a_password_is_refused_and_one_without_is_read():
     assert extract(encrypted(pdf("For everybody"), ""), PDF) == "For everybody"
 
 
+def test_a_cipher_that_cannot_be_read_is_told_at_once_and_is_no_damage():
+    data = encrypted(pdf("For everybody"), "", says_aes=True)
+    for read in (inspect, extract):
+        with pytest.raises(UnreadableDocument, match="encrypted or packed"):
+            read(data, PDF)
+
+
 @pytest.mark.parametrize("data", [b"%PDF-1.7\nand nothing else", pdf("Hello")[:200], b"%PDF-1.4\n%%EOF"])
 def test_a_damaged_pdf(data):
     with pytest.raises(UnreadableDocument, match="damaged"):
@@ -95,6 +110,41 @@ def test_a_bomb_costs_the_time_that_is_allowed_and_no_more(change):
     with pytest.raises(UnreadableDocument, match=r"longer than 1\.5 seconds|more memory"):
         extract(bomb, PDF)
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("number", "outcome"), [(signal.SIGKILL, "more memory"), (signal.SIGTERM, "ended by SIGTERM: it is tried again")]
+)
+def test_where_memory_runs_out_the_reader_ends_and_it_is_the_files_fault(number, outcome):
+    bomb = pdf_of([b"BT /F1 1 Tf (a) Tj ET\n" * 1_100_000], is_packed=True)
+    outcomes = []
+
+    def read() -> None:
+        try:
+            extract(bomb, PDF)
+        except (UnreadableDocument, RuntimeError) as error:
+            outcomes.append(str(error))
+
+    def reader() -> psutil.Process | None:
+        children = psutil.Process().children()
+        return next((child for child in children if str(extraction._PROGRAM) in child.cmdline()), None)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    eventually(reader, "the PDF is being read")
+    score = Path(f"/proc/{reader().pid}/oom_score_adj")
+    eventually(lambda: score.read_text() == "1000\n", "the system would end it first")
+    reader().send_signal(number)
+    thread.join(20)
+    assert len(outcomes) == 1 and outcome in outcomes[0]
+
+
+def test_the_reader_sees_no_secret(monkeypatch, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text("""import json, os; print(json.dumps({"text": str(dict(os.environ))}))""")
+    monkeypatch.setattr(extraction, "_PROGRAM", program)
+    monkeypatch.setenv("DJANGO_SECRET_KEY", "tiger")
+    assert "tiger" not in extract(pdf("Hello"), PDF)
 
 
 def test_more_memory_than_is_allowed_is_not_taken(change):

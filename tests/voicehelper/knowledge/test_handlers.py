@@ -141,11 +141,12 @@ def test_one_that_is_deleted_before_it_is_indexed_is_never_written(upload, bob, 
     assert emitted("document.indexed", "document.failed") == []
 
 
-def test_while_milvus_is_away_nothing_is_lost(upload, bob, milvus):
+def test_while_milvus_is_away_nothing_is_lost(upload, bob, milvus, endpoint):
     document = upload(bob)
     milvus.kill()
     vector_store().close()
     [letter] = handle_now("knowledge").dead_letters
+    assert endpoint.requests == []  # nine times in vain, and paid for
     assert (letter.reason, letter.attempts) == ("failed", 9)
     assert "VectorsUnavailable" in letter.error
     document.refresh_from_db()
@@ -167,6 +168,24 @@ def test_while_the_embedder_is_away_nothing_is_lost(upload, bob, endpoint):
     endpoint.fails_with = None
     index_document(document_id=document.id)
     assert found(bob) == [document.id]
+
+
+def test_one_that_takes_too_long_holds_nobody_up(upload, bob, endpoint, change, settings, capsys):
+    change(chunk_chars=100, chunk_overlap_chars=0)
+    settings.EVENTS_OUTBOX = {**settings.EVENTS_OUTBOX, "BATCH_TIMEOUT_SECONDS": 1}
+    document = upload(bob, "Elephants are large animals. " * 100)
+    short = upload(bob, "Elephants are large.")
+    endpoint.seconds = 0.3
+    [letter] = handle_now("knowledge").dead_letters
+    assert (letter.reason, letter.attempts) == ("permanent", 1)
+    assert "chunks took more than 0.5 seconds" in letter.error
+    document.refresh_from_db()
+    assert document.status == "uploaded"
+    assert found(bob) == [short.id]
+    with pytest.raises(CommandError, match="1 left out"):
+        call_command("index_documents")
+    captured = capsys.readouterr()
+    assert captured.out == "1 documents\n" and str(document.id) in captured.err
 
 
 def test_each_embedder_has_a_collection_and_documents_are_indexed_anew(upload, bob, endpoint, change, capsys):
@@ -206,6 +225,24 @@ def test_one_that_failed_can_be_indexed_anew(upload, bob, change):
     assert found(bob) == [document.id]
 
 
+def test_to_index_anew_tells_nobody_again(upload, bob, change, emitted):
+    document = upload(bob)
+    scan = upload(bob, pdf_of([b"0 0 m 10 10 l S"]), file_name="scan.pdf")
+    two = upload(bob, pdf("Elephants", "Mice"), file_name="two.pdf")
+    handle_now("knowledge", raise_errors=True)
+    call_command("index_documents", verbosity=0)
+    assert len(emitted("document.indexed")) == 2 and len(emitted("document.failed")) == 1
+    assert set(found(bob)) == {document.id, two.id}
+    # What does not succeed any more is not found any more, and that is news.
+    change(max_pages=1)
+    for _ in range(2):
+        call_command("index_documents", verbosity=0)
+    assert [event.payload.document_id for event in emitted("document.failed")] == [str(scan.id), str(two.id)]
+    two.refresh_from_db()
+    assert (two.status, two.chunk_count, two.collection) == ("failed", 0, "")
+    assert found(bob) == [document.id] and chunks_of(two) == 0
+
+
 def test_an_event_without_a_proper_id_is_kept_without_a_retry(milvus, db):
     event = make_event("document.uploaded", DocumentUploadedPayload(document_id="nonsense"))
     [letter] = handle_now("knowledge", events=[event]).dead_letters
@@ -239,11 +276,13 @@ class TestAtTheSameTime:
         assert chunks_of(document) == 0
         assert emitted("document.indexed") == []
 
-    def test_a_deletion_while_it_is_written_comes_after_it(self, upload, bob, milvus, emitted):
+    def test_a_deletion_while_it_is_written_comes_after_it(self, upload, bob, milvus, endpoint, emitted):
         document = upload(bob)
-        vector_store()._connected(20)
-        milvus.pause()
+        endpoint.gate.clear()
         indexing = self.in_thread(lambda: index_document(document_id=document.id))
+        eventually(lambda: endpoint.requests, "the embedder is asked")
+        milvus.pause()
+        endpoint.gate.set()
         with connection.cursor() as cursor:
             row = "SELECT 1 FROM knowledge_document WHERE id = %s FOR UPDATE SKIP LOCKED"
 

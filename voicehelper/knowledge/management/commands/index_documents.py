@@ -6,7 +6,7 @@ from uuid import UUID
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
-from voicehelper.knowledge.embedding import EmbedderUnavailable
+from voicehelper.knowledge.embedding import EmbedderTooSlow, EmbedderUnavailable
 from voicehelper.knowledge.models import Document
 from voicehelper.knowledge.services import index_document
 from voicehelper.knowledge.vectors import VectorsUnavailable
@@ -25,16 +25,22 @@ class Command(BaseCommand):
             documents = documents.filter(tenant_id=options["tenant_id"])
         if options["status"]:
             documents = documents.filter(status=options["status"])
-        done = 0
+        done = left_out = 0
         for document_id in documents.values_list("id", flat=True):
             try:
                 index_document(document_id=document_id, again=True)
+            except EmbedderTooSlow as error:
+                left_out += 1
+                self.stderr.write(f"left out: {document_id}: {error}")
+                continue
             except (VectorsUnavailable, EmbedderUnavailable) as error:
                 raise CommandError(
                     f"stopped at document {document_id}, after {done}: {type(error).__name__}: {error}"
                 ) from error
             done += 1
         self.stdout.write(f"{done} documents")
+        if left_out:
+            raise CommandError(f"{left_out} left out, which take too long to embed")
 
 
 def _uuid(text: str) -> UUID:
