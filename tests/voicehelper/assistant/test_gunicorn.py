@@ -2,9 +2,10 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import httpx
 import psycopg
@@ -12,7 +13,7 @@ import pytest
 from django.db import connection
 
 from tests.monitoring.conftest import answers, free_port, get, sample, wait_until
-from voicehelper.conversations.models import Conversation
+from voicehelper.conversations.models import Conversation, Message
 from voicehelper.identity.models import ApiToken
 from voicehelper.services import BASE_DIR
 
@@ -39,6 +40,7 @@ def web(tmp_path, server, database_url):
         "WEB_PORT": str(port),
         "WEB_CONCURRENCY": "1",
         "WEB_THREADS": "2",
+        "WEB_SEND_TIMEOUT_SECONDS": "2",
         "LLM_BASE_URL": server.url,
         "LLM_SIMPLE_MODEL": "gpt-4o-mini",
         "LLM_MAX_ATTEMPTS": "1",
@@ -102,3 +104,28 @@ def test_a_client_that_goes_away_is_noticed(web, server, bob, conversation, act)
     wait_until(lambda: Conversation.objects.get().reply_id is None)
     with replying(web, bob, conversation) as response:
         assert [name for name, _ in events(response.iter_lines()) if name != ":"] == ["token", "message"]
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="only Linux has the option")
+def test_clients_that_do_not_read_keep_no_threads(web, bob, conversation):
+    """Two of them have both threads, until the server gives them up."""
+    about = {"conversation": conversation, "tenant_id": bob.tenant_id, "user": bob, "content": "\U0001f44b" * 32_000}
+    Message.objects.bulk_create(Message(position=number, **about) for number in range(2, 51))  # some 6 MB
+    token = ApiToken.objects.issue(user=bob, name="test").text
+    path = f"/api/v1/conversations/{conversation.id}/messages"
+    address = ("127.0.0.1", int(web.rpartition(":")[2]))
+    with ExitStack() as stack:
+        for _ in range(2):
+            client = stack.enter_context(socket.socket())
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(address)
+            client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Token {token}\r\n\r\n".encode())
+        wait_until(lambda: not is_quick(web))
+        wait_until(lambda: is_quick(web))
+
+
+def is_quick(web):
+    try:
+        return httpx.get(f"{web}/livez", timeout=1).status_code == 200
+    except httpx.TimeoutException:
+        return False
