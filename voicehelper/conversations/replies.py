@@ -9,6 +9,7 @@ from contextvars import copy_context
 from http import HTTPStatus
 from typing import Any
 
+from django.db import connection
 from rest_framework.renderers import JSONRenderer
 
 from monitoring.failures import error_type
@@ -67,23 +68,33 @@ def reply_to(*, user: User, reply: Reply) -> Generator[str | Signal | Message, N
         with closing(generation):
             for piece in generation:
                 if isinstance(piece, Answer):
+                    _check_connection()
                     message = finish_reply(user=user, reply=reply, answer=piece)
                     is_over = True
                     yield message
                     return
                 yield piece
                 if time.monotonic() - prolonged >= PROLONG_SECONDS:
+                    _check_connection()
                     prolong_reply(reply=reply)
                     prolonged = time.monotonic()
     except ProviderFailed as failure:
         logger.warning("the provider was given up: %s", failure.reason.value, extra=_ids(reply))
+        _check_connection()
         with suppress(ConversationEnded, ReplyLost):  # then it is not this reply's to fail
             fail_reply(user=user, reply=reply, reason=failure.reason.value)
         is_over = True
         raise
     finally:
         if not is_over:
+            _check_connection()
             abandon_reply(reply=reply)
+
+
+def _check_connection() -> None:
+    """Have the next query connect anew where it must: the database may have been restarted since the last one."""
+    if not connection.in_atomic_block:
+        connection.close_if_unusable_or_obsolete()
 
 
 def whole_reply(*, user: User, reply: Reply) -> Message:
