@@ -344,13 +344,19 @@ def test_the_spans_of_a_reply(assistant, server, spans, settings, everything_log
     assistant(search=f"{search_stubs.__name__}.search")
     server.acts = [refuses(500), says(SECRET)]
     ask()
-    retrieval, failed, chat, reply = spans()
+    retrieval, routing, failed, chat, reply = spans()
     assert [span.name for span in spans()] == [
         "retrieval documents",
+        "route_model",
         *["chat gpt-4o-mini"] * 2,
         "invoke_agent voicehelper",
     ]
-    assert {span.parent.span_id for span in (retrieval, failed, chat)} == {reply.context.span_id}
+    assert {span.parent.span_id for span in (retrieval, routing, failed, chat)} == {reply.context.span_id}
+    assert dict(routing.attributes) == {
+        "gen_ai.request.model": "gpt-4o-mini",
+        "voicehelper.route.complexity": "simple",
+        "voicehelper.route.reason": "plain",
+    }
     assert dict(reply.attributes) == {
         "gen_ai.operation.name": "invoke_agent",
         "gen_ai.agent.name": "voicehelper",
@@ -382,7 +388,7 @@ def test_the_spans_of_a_reply(assistant, server, spans, settings, everything_log
 def test_the_span_of_a_reply_that_fails(assistant, server, spans):
     server.acts = [refuses(401)]
     fails()
-    [_, reply] = spans()
+    *_, reply = spans()
     assert (reply.status.status_code, reply.attributes["error.type"]) == (StatusCode.ERROR, "provider_error")
 
 
@@ -391,7 +397,7 @@ def test_the_span_of_a_reply_that_is_stopped(assistant, server, spans):
     going = begin()
     next(going), next(going)
     going.close()
-    [chat, reply] = spans()
+    *_, chat, reply = spans()
     assert reply.attributes["voicehelper.reply.stopped"] is True
     assert reply.status.is_unset and chat.status.is_unset
 
