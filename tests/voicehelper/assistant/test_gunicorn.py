@@ -14,6 +14,7 @@ from django.db import connection
 
 from tests.monitoring.conftest import answers, free_port, get, sample, wait_until
 from voicehelper.conversations.models import Conversation, Message
+from voicehelper.conversations.services import create_conversation, send_message
 from voicehelper.identity.models import ApiToken
 from voicehelper.services import BASE_DIR
 
@@ -44,6 +45,7 @@ def web(tmp_path, server, database_url):
         "LLM_BASE_URL": server.url,
         "LLM_SIMPLE_MODEL": "gpt-4o-mini",
         "LLM_MAX_ATTEMPTS": "1",
+        "LLM_MAX_REPLIES": "1",
         "LOG_FORMAT": "json",
     }
     command = [sys.executable, "-m", "gunicorn", "-c", "voicehelper/gunicorn.conf.py"]
@@ -129,3 +131,12 @@ def is_quick(web):
         return httpx.get(f"{web}/livez", timeout=1).status_code == 200
     except httpx.TimeoutException:
         return False
+
+
+def test_a_provider_that_hangs_leaves_threads_for_others(web, server, bob, conversation):
+    server.acts = [hangs]
+    other = create_conversation(user=bob, title="Lunch")
+    send_message(user=bob, conversation_id=other.id, content="When is it?")
+    with replying(web, bob, conversation) as first, replying(web, bob, other) as second:
+        assert (first.status_code, second.status_code) == (200, 503)
+        wait_until(lambda: is_quick(web))

@@ -277,6 +277,24 @@ def test_a_conversation_that_has_ended(api, bob, conversation):
     assert "has ended" in assert_problem(api(bob).post(url(conversation)), 409)["detail"]
 
 
+@pytest.mark.parametrize("accept", [JSON, "text/event-stream"])
+def test_more_replies_than_a_process_works_on_at_once(api, bob, conversation, assistant, server, accept):
+    """The others are told to come again, and threads are left for other requests."""
+    assistant(max_replies=1)
+    going = replies.reply_to(user=bob, reply=begin_reply(user=bob, conversation_id=conversation.id))
+    next(going)
+    other = create_conversation(user=bob, title="Lunch")
+    add(bob, other)
+    answer = api(bob).post(url(other), HTTP_ACCEPT=accept)
+    assert "many others" in assert_problem(answer, 503)["detail"]
+    assert int(answer["Retry-After"]) > 0
+    other.refresh_from_db()
+    assert (other.status, other.reply_id) == ("active", None)
+    going.close()
+    answer = api(bob).post(url(other), HTTP_ACCEPT=accept)
+    assert answer.status_code == 201 if accept == JSON else read(answer)[-1][0] == "message"
+
+
 # --- What fails ---
 
 FAILURES = [
