@@ -30,8 +30,8 @@ def database_url(db):
 
 
 @pytest.fixture
-def web(tmp_path, server, database_url):
-    """The address of the web server: one worker, two threads."""
+def gunicorn(tmp_path, server, database_url):
+    """The web server and its address: one worker, two threads."""
     port = free_port()
     environment = {
         **os.environ,
@@ -56,13 +56,18 @@ def web(tmp_path, server, database_url):
             address = f"http://127.0.0.1:{port}"
             wait_until(lambda: answers(f"{address}/livez") or process.poll() is not None, seconds=60)
             assert process.poll() is None, (tmp_path / "log").read_text()
-            yield address
+            yield process, address
         finally:
             process.send_signal(signal.SIGTERM)
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+@pytest.fixture
+def web(gunicorn):
+    return gunicorn[1]
 
 
 @contextmanager
@@ -129,7 +134,7 @@ def test_clients_that_do_not_read_keep_no_threads(web, bob, conversation):
 def is_quick(web):
     try:
         return httpx.get(f"{web}/livez", timeout=1).status_code == 200
-    except httpx.TimeoutException:
+    except httpx.TransportError:
         return False
 
 
@@ -140,3 +145,17 @@ def test_a_provider_that_hangs_leaves_threads_for_others(web, server, bob, conve
     with replying(web, bob, conversation) as first, replying(web, bob, other) as second:
         assert (first.status_code, second.status_code) == (200, 503)
         wait_until(lambda: is_quick(web))
+
+
+def test_a_server_that_is_stopped_lets_a_reply_end(gunicorn, server, bob, conversation):
+    process, web = gunicorn
+    server.acts = [says_and_waits("On ", then=("Friday.",))]
+    with replying(web, bob, conversation) as response:
+        got = (one for one in events(response.iter_lines()) if one[0] != ":")
+        assert next(got) == ("token", {"text": "On "})
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: not is_quick(web))  # it takes no further request
+        server.may_go_on.set()
+        assert [name for name, _ in got] == ["token", "message"]
+    assert process.wait(20) == 0
+    assert Conversation.objects.get().message_count == 2
