@@ -1,6 +1,7 @@
 """The web server, `gunicorn -c voicehelper/gunicorn.conf.py`; values come from the environment."""
 
 import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ workers = int(os.environ.get("WEB_CONCURRENCY", "2"))
 worker_class = "gthread"
 threads = int(os.environ.get("WEB_THREADS", "8"))
 graceful_timeout = 20
+# A client that takes nothing for so long, and one that is gone without a word, is given up.
+_send_timeout_seconds = float(os.environ.get("WEB_SEND_TIMEOUT_SECONDS", "30"))
 # Each worker imports the application itself: no thread or connection of it has to survive a fork.
 preload_app = False
 control_socket_disable = True
@@ -49,6 +52,15 @@ def on_starting(server: Any) -> None:
     _metrics_dir.mkdir(parents=True, exist_ok=True)
     for file in _metrics_dir.glob("*.db"):
         file.unlink()
+
+
+def when_ready(server: Any) -> None:
+    # gunicorn itself waits for ever, and what is written to a client that does not read keeps a thread. Connections
+    # inherit this from the socket that accepts them. Linux alone has it.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        for listener in server.LISTENERS:
+            milliseconds = round(_send_timeout_seconds * 1000)
+            listener.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
 def post_worker_init(worker: Any) -> None:

@@ -1,4 +1,4 @@
-"""Realistic traffic over HTTP: people of several tenants who open conversations, write messages and end them.
+"""Realistic traffic over HTTP: people of several tenants who open conversations, write, are replied to, and end them.
 
 `Simulation` sends it and keeps a ledger of what was accepted; `differences()` compares the ledger with what analytics
 has counted since.
@@ -45,11 +45,13 @@ TRIES = 8
 """How often a request is sent whose fate is not known, or that the server refused for the moment."""
 TIMEOUT_SECONDS = 30.0
 LONGEST_WAIT_SECONDS = 5.0
+REPLY_TIMEOUT_SECONDS = 120.0
+SPOKEN_MS_A_CHARACTER = 60
 
 Sent = tuple[UUID, str]
 """Tenant and mode."""
-Counted = tuple[Counter[Sent], Counter[Sent]]
-"""Conversations and messages."""
+Counted = tuple[Counter[Sent], Counter[Sent], Counter[Sent]]
+"""Conversations, messages and tokens."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,12 @@ def people_of(tenants: int) -> list[Person]:
 
 @dataclass
 class Ledger:
-    """What was accepted, by tenant and mode, and how long requests took. Used from many threads."""
+    """What was accepted, by tenant and mode, and how long requests took but for replies. Used from many threads."""
 
     conversations: Counter[Sent] = field(default_factory=Counter)
     messages: Counter[Sent] = field(default_factory=Counter)
+    tokens: Counter[Sent] = field(default_factory=Counter)
+    replies: int = 0
     seconds: list[float] = field(default_factory=list)
     refused: Counter[int] = field(default_factory=Counter)
     unknown: int = 0
@@ -92,12 +96,16 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a span of time. `p50`, `p95`: seconds, None without a request."""
+    """Figures of a span of time, and since the beginning `replies`, `refused` and `unknown`.
+
+    `p50`, `p95`: seconds, None without a request.
+    """
 
     requests: int
     per_second: float
     p50: float | None
     p95: float | None
+    replies: int
     refused: int
     unknown: int
 
@@ -113,16 +121,21 @@ class Simulation:
         rate: float,
         seconds: float,
         error_rate: float,
+        reply_share: float,
         seed: int,
         threads: int = 32,
     ) -> None:
-        """`error_rate`: the share of conversations that fail, and of requests that are wrong on purpose."""
+        """`error_rate`: the share of conversations that fail, and of requests that are wrong on purpose.
+
+        `reply_share`: of messages that the assistant is asked to reply to.
+        """
         self.ledger = Ledger()
         self._url = url.rstrip("/")
         self._people = people
         self._rate = rate
         self._seconds = seconds
         self._error_rate = error_rate
+        self._reply_share = reply_share
         self._chance = random.Random(seed)  # noqa: S311  (traffic, not a secret)
         self._threads = threads
         self._http = urllib3.PoolManager(maxsize=threads, retries=False, timeout=TIMEOUT_SECONDS)
@@ -158,58 +171,87 @@ class Simulation:
     def _summary(self, since: int, seconds: float) -> Summary:
         with self.ledger.lock:
             times = sorted(self.ledger.seconds[since:])
-            refused, unknown = self.ledger.refused.total(), self.ledger.unknown
+            replies, refused, unknown = self.ledger.replies, self.ledger.refused.total(), self.ledger.unknown
         p50, p95 = (times[int(len(times) * share)] if times else None for share in (0.5, 0.95))
-        return Summary(len(times), len(times) / max(seconds, 1e-9), p50, p95, refused, unknown)
+        return Summary(len(times), len(times) / max(seconds, 1e-9), p50, p95, replies, refused, unknown)
 
     def _script(self) -> "Script":
         chance = self._chance
         return Script(
             mode=str(chance.choices([*MODES], [*MODES.values()])[0]),
-            messages=[_text(chance) for _ in range(chance.randint(1, MOST_MESSAGES))],
+            messages=[
+                (_text(chance), chance.random() < self._reply_share) for _ in range(chance.randint(1, MOST_MESSAGES))
+            ],
             fails=chance.random() < self._error_rate,
             is_wrong=chance.random() < self._error_rate,
             ends=chance.random() < 0.9,
         )
 
     def _converse(self, person: Person, script: "Script") -> None:
+        if self._stopped.is_set():
+            return
         sent = person.tenant_id, str(script.mode)
-        opened = self._post(person, "conversations", {"title": script.messages[0][:80], "mode": script.mode})
+        first, _ = script.messages[0]
+        opened = self._post(person, "conversations", {"title": first[:80], "mode": script.mode})
         if opened is None:
             return
         with self.ledger.lock:
             self.ledger.conversations[sent] += 1
         conversation = opened["id"]
-        for content in script.messages:
-            if self._post(person, "messages", {"conversation_id": conversation, "content": content}) is not None:
+        for content, wants_reply in script.messages:
+            message: dict[str, Any] = {"conversation_id": conversation, "content": content}
+            if script.mode == Conversation.Mode.VOICE:
+                message["duration_ms"] = len(content) * SPOKEN_MS_A_CHARACTER
+            if self._post(person, "messages", message) is not None:
                 with self.ledger.lock:
                     self.ledger.messages[sent] += 1
+                if wants_reply:
+                    self._ask_for_reply(person, conversation)
         if script.is_wrong:
             self._post(person, "messages", {"conversation_id": str(uuid4()), "content": "lost"})
         if script.ends:
             self._post(person, f"conversations/{conversation}/{'fail' if script.fails else 'complete'}", {})
+        if any(wants_reply for _, wants_reply in script.messages):
+            self._count_replies(person, conversation, sent)
+
+    def _ask_for_reply(self, person: Person, conversation: str) -> None:
+        """Ask once, whatever becomes of it: it is looked up in the end what was replied."""
+        headers = self._headers(person) | {"Accept": "application/json"}
+        url = f"{self._url}/api/v1/conversations/{conversation}/replies"
+        with suppress(urllib3.exceptions.HTTPError):
+            self._http.request("POST", url, headers=headers, timeout=REPLY_TIMEOUT_SECONDS)
+
+    def _count_replies(self, person: Person, conversation: str, sent: Sent) -> None:
+        page = self._request(person, "GET", f"conversations/{conversation}/messages")
+        if page is None:
+            return
+        replies = [one for one in page["results"] if one["role"] == "assistant"]
+        with self.ledger.lock:
+            self.ledger.replies += len(replies)
+            self.ledger.messages[sent] += len(replies)
+            self.ledger.tokens[sent] += sum(one["input_tokens"] + one["output_tokens"] for one in replies)
 
     def _post(self, person: Person, path: str, body: dict[str, Any]) -> dict[str, Any] | None:
+        return self._request(person, "POST", path, body=json.dumps(body))
+
+    def _request(self, person: Person, method: str, path: str, body: str | None = None) -> dict[str, Any] | None:
         """Send until it is known what became of it; return the answer of one that was accepted.
 
         Each try has the same Idempotency-Key: one whose answer was lost is not done twice.
         """
-        headers = {
-            "Authorization": f"Token {person.token}",
-            "Content-Type": "application/json",
-            "Idempotency-Key": str(uuid4()),
-        }
+        headers = self._headers(person)
         for attempt in range(TRIES):
             started = time.perf_counter()
             with suppress(urllib3.exceptions.HTTPError):
-                answer = self._http.request(
-                    "POST", f"{self._url}/api/v1/{path}", body=json.dumps(body), headers=headers
-                )
+                answer = self._http.request(method, f"{self._url}/api/v1/{path}", body=body, headers=headers)
                 with self.ledger.lock:
                     self.ledger.seconds.append(time.perf_counter() - started)
-                if answer.status < HTTPStatus.BAD_REQUEST:
+                if answer.status < HTTPStatus.MULTIPLE_CHOICES:
                     return dict(json.loads(answer.data))
-                if answer.status < HTTPStatus.INTERNAL_SERVER_ERROR and answer.status != HTTPStatus.TOO_MANY_REQUESTS:
+                # The try before this one may be under way still.
+                is_under_way = answer.status == HTTPStatus.CONFLICT and attempt > 0
+                is_for_now = is_under_way or answer.status == HTTPStatus.TOO_MANY_REQUESTS
+                if answer.status < HTTPStatus.INTERNAL_SERVER_ERROR and not is_for_now:
                     with self.ledger.lock:
                         self.ledger.refused[answer.status] += 1
                     return None
@@ -220,20 +262,28 @@ class Simulation:
             self.ledger.unknown += 1
         return None
 
+    def _headers(self, person: Person) -> dict[str, str]:
+        return {
+            "Authorization": f"Token {person.token}",
+            "Content-Type": "application/json",
+            "Idempotency-Key": str(uuid4()),
+        }
+
 
 @dataclass(frozen=True)
 class Script:
-    """What one person does in one conversation."""
+    """What one person does in one conversation. `messages`: each with whether the assistant is to reply to it."""
 
     mode: str
-    messages: Sequence[str]
+    messages: Sequence[tuple[str, bool]]
     fails: bool
     is_wrong: bool
     ends: bool
 
     @property
     def requests(self) -> int:
-        return 1 + len(self.messages) + self.is_wrong + self.ends
+        replies = sum(wants_reply for _, wants_reply in self.messages)
+        return 1 + len(self.messages) + replies + (replies > 0) + self.is_wrong + self.ends
 
 
 def _text(chance: random.Random) -> str:
@@ -241,23 +291,22 @@ def _text(chance: random.Random) -> str:
 
 
 def counted(tenants: Sequence[UUID]) -> Counted:
-    """What analytics has counted of these tenants, over all days: conversations and messages."""
+    """What analytics has counted of these tenants, over all days."""
     conversations: Counter[Sent] = Counter()
     messages: Counter[Sent] = Counter()
+    tokens: Counter[Sent] = Counter()
     for total in DailyTotal.objects.filter(tenant_id__in=tenants):
         conversations[total.tenant_id, total.mode] += total.conversations
         messages[total.tenant_id, total.mode] += total.messages
-    return conversations, messages
+        tokens[total.tenant_id, total.mode] += total.input_tokens + total.output_tokens
+    return conversations, messages, tokens
 
 
-def differences(
-    ledger: Ledger, before: tuple[Counter[Sent], Counter[Sent]], after: tuple[Counter[Sent], Counter[Sent]]
-) -> list[str]:
+def differences(ledger: Ledger, before: Counted, after: Counted) -> list[str]:
     """Where analytics differs from the ledger, a line each; empty when they are equal."""
     found = []
-    for name, sent, old, new in zip(
-        ("conversations", "messages"), (ledger.conversations, ledger.messages), before, after, strict=True
-    ):
+    accepted = ledger.conversations, ledger.messages, ledger.tokens
+    for name, sent, old, new in zip(("conversations", "messages", "tokens"), accepted, before, after, strict=True):
         for key in sorted({*sent, *old, *new}, key=str):
             grown = new[key] - old[key]
             if grown != sent[key]:

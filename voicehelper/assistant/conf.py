@@ -38,6 +38,7 @@ class AssistantSettings:
     `timeout_seconds`: how long the provider may be silent. `reply_seconds`: how long a reply may take, with retries.
     `max_attempts`: how often a provider is asked for one reply. `retry_delay_seconds`: before the second attempt;
     it doubles with each.
+    `max_replies`: how many a process works on at once.
     `search`: dotted path of `search(*, tenant_id, query, limit)`. `passages`: how many of them a reply is given.
     `offline_word_seconds`: how long the built-in provider takes for a word.
     """
@@ -55,6 +56,7 @@ class AssistantSettings:
     reply_seconds: float = 60
     max_attempts: int = 4
     retry_delay_seconds: float = 0.5
+    max_replies: int = 6
     search: str = "voicehelper.knowledge.search.search"
     passages: int = 4
     offline_word_seconds: float = 0.01
@@ -105,6 +107,7 @@ def assistant_settings(environment: Mapping[str, str]) -> AssistantSettings:
         ("timeout_seconds", 0.1, _SECONDS_MAX, float),
         ("reply_seconds", 0.1, _SECONDS_MAX, float),
         ("max_attempts", 1, 20, int),
+        ("max_replies", 1, 10_000, int),
         ("offline_word_seconds", 0, 10, float),
     ):
         if text := environment.get(f"LLM_{name.upper()}", "").strip():

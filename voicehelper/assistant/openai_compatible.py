@@ -2,19 +2,22 @@
 
 import ssl
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
+import httpx2
 import openai
 
 from .conf import AssistantSettings
 from .providers import FailureReason, Prompt, ProviderFailed, Usage
 
 CONNECT_SECONDS = 5.0
+ANSWER_MAX_BYTES = 32 * 2**20
+"""Far more than a reply that is cut at REPLY_MAX_CHARS, each character an event of its own."""
 _TRANSIENT = frozenset({408, 409, 425, 429})
 
 
@@ -36,7 +39,7 @@ class OpenAICompatible:
             api_key=self._api_key or "none",  # the client insists on one
             max_retries=0,  # whoever asks us retries, and counts each attempt
             timeout=openai.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS)),
-            http_client=openai.DefaultAsyncHttpxClient(verify=_tls()),
+            http_client=openai.DefaultAsyncHttpxClient(verify=_tls(), event_hooks={"response": [_bound]}),
         )
         usage = Usage()
         async with client:
@@ -51,9 +54,14 @@ class OpenAICompatible:
             async with stream:
                 while True:
                     # Not around the yield: what the caller raises there is not the provider's.
-                    with _failures():
-                        chunk = await anext(stream, None)
-                        text = _read(chunk, usage) if chunk is not None else None
+                    try:
+                        with _failures():
+                            chunk = await anext(stream, None)
+                            text = _read(chunk, usage) if chunk is not None else None
+                    except ProviderFailed:
+                        if not usage.finish_reasons:
+                            raise
+                        text = None  # The reply is whole; only what it used may be missing.
                     if text is None:
                         break
                     if text:
@@ -62,6 +70,28 @@ class OpenAICompatible:
             # A stream that is cut between two chunks ends as if it were whole.
             raise ProviderFailed(FailureReason.ERROR, can_retry=True)
         yield usage
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """An answer's bytes up to ANSWER_MAX_BYTES: the client keeps a line, and a refusal, until it has all of it."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream) -> None:
+        self._stream = stream
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        left = ANSWER_MAX_BYTES
+        async for part in self._stream:
+            left -= len(part)
+            if left < 0:
+                raise httpx2.ReadError("the answer is too large")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+async def _bound(response: httpx2.Response) -> None:
+    response.stream = _Bounded(cast(httpx2.AsyncByteStream, response.stream))
 
 
 def _messages(prompt: Prompt) -> Any:
@@ -109,7 +139,9 @@ def _failures() -> Iterator[None]:
         is_rate_limit = "rate_limit" in f"{error.code} {error.type}"
         reason = FailureReason.RATE_LIMITED if is_rate_limit else FailureReason.ERROR
         raise ProviderFailed(reason, can_retry=True) from error
-    except (ValueError, TypeError, AttributeError, LookupError) as error:  # what it answers is not the protocol
+    except httpx2.TimeoutException as error:  # amid the body of a refusal, where the client lets it through
+        raise ProviderFailed(FailureReason.TIMEOUT, can_retry=True) from error
+    except Exception as error:  # what it answers is not the protocol, whatever that makes the client raise
         raise ProviderFailed(FailureReason.ERROR, can_retry=True) from error
 
 

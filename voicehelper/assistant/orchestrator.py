@@ -102,14 +102,15 @@ def _prompt(
     """Retrieve passages, choose the model, and say on the span what was chosen."""
     question = turns[-1].content
     found = passages(tenant_id, question, config.passages)
-    route = choose_route(question, earlier_messages=earlier_messages, settings=config)
-    span.set_attributes(
-        {
+    with tracer.start_as_current_span("route_model") as routing:
+        route = choose_route(question, earlier_messages=earlier_messages, settings=config)
+        chosen = {
             "gen_ai.request.model": route.model,
             "voicehelper.route.complexity": route.complexity.value,
             "voicehelper.route.reason": route.reason,
         }
-    )
+        routing.set_attributes(chosen)
+    span.set_attributes(chosen)
     return Prompt(
         model=route.model,
         instructions=INSTRUCTIONS + (SPOKEN if mode == "voice" else ""),

@@ -1,14 +1,17 @@
 """The assistant's reply from the question to the stored message, and its form as server-sent events."""
 
 import logging
+import threading
 import time
 import traceback
 from collections.abc import Generator, Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from contextvars import copy_context
 from http import HTTPStatus
 from typing import Any
 
+from django.conf import settings
+from django.db import connection
 from rest_framework.renderers import JSONRenderer
 
 from monitoring.failures import error_type
@@ -43,16 +46,44 @@ ENDED = "The conversation has ended."
 LOST = "The reply took too long and was given up."
 
 
+class TooManyReplies(Exception):
+    """This process works on as many replies as it may: what else it serves needs threads, too."""
+
+
 class ReplyBroken(Exception):
     """An event stream has ended with an error of the server's own: its request is counted as failed."""
+
+
+class _Places:
+    """Those of replies in this process: each takes a thread for as long as the provider needs."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._taken = 0
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take one for the time of the block. Raises TooManyReplies."""
+        with self._lock:
+            if self._taken >= settings.ASSISTANT.max_replies:
+                raise TooManyReplies
+            self._taken += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken -= 1
+
+
+_places = _Places()
 
 
 def reply_to(*, user: User, reply: Reply) -> Generator[str | Signal | Message, None, None]:
     """Carry out a reply that has begun: yield its text as it comes, among signals, and the stored message at last.
 
-    The first is a TICK, before anything is done. Raises ProviderFailed when the provider was given up: the conversation
-    has failed then; ConversationEnded, ReplyLost when the reply is not wanted any more. Closing it stops the provider,
-    and lets another reply begin. No transaction is open while the provider talks.
+    The first is a TICK, before anything is done, or TooManyReplies is raised. Raises ProviderFailed when the provider
+    was given up: the conversation has failed then; ConversationEnded, ReplyLost when the reply is not wanted any more.
+    Closing it stops the provider, and lets another reply begin. No transaction is open while the provider talks.
     """
     prolonged = time.monotonic()
     is_over = False
@@ -64,26 +95,36 @@ def reply_to(*, user: User, reply: Reply) -> Generator[str | Signal | Message, N
         earlier_messages=reply.earlier_messages,
     )
     try:
-        with closing(generation):
+        with _places.taken(), closing(generation):
             for piece in generation:
                 if isinstance(piece, Answer):
+                    _check_connection()
                     message = finish_reply(user=user, reply=reply, answer=piece)
                     is_over = True
                     yield message
                     return
                 yield piece
                 if time.monotonic() - prolonged >= PROLONG_SECONDS:
+                    _check_connection()
                     prolong_reply(reply=reply)
                     prolonged = time.monotonic()
     except ProviderFailed as failure:
         logger.warning("the provider was given up: %s", failure.reason.value, extra=_ids(reply))
+        _check_connection()
         with suppress(ConversationEnded, ReplyLost):  # then it is not this reply's to fail
             fail_reply(user=user, reply=reply, reason=failure.reason.value)
         is_over = True
         raise
     finally:
         if not is_over:
+            _check_connection()
             abandon_reply(reply=reply)
+
+
+def _check_connection() -> None:
+    """Have the next query connect anew where it must: the database may have been restarted since the last one."""
+    if not connection.in_atomic_block:
+        connection.close_if_unusable_or_obsolete()
 
 
 def whole_reply(*, user: User, reply: Reply) -> Message:
@@ -106,7 +147,7 @@ class EventStream:
 
     A comment (`:`) comes at the beginning, and every second in which there is nothing else: a client that has gone is
     noticed by that. The work is done in the context in which this is made, whoever iterates: a response is iterated
-    when its request's context is gone.
+    when its request's context is gone. Making it raises TooManyReplies.
     """
 
     def __init__(self, *, user: User, reply: Reply, path: str) -> None:
@@ -149,6 +190,8 @@ def _frames(user: User, reply: Reply, path: str) -> Generator[bytes, None, None]
     except (ConversationEnded, ReplyLost) as error:
         detail = ENDED if isinstance(error, ConversationEnded) else LOST
         yield _frame("error", problem(status=HTTPStatus.CONFLICT, detail=detail, path=path))
+    except TooManyReplies:  # at the beginning, when there can be an answer of another status
+        raise
     except Exception as error:
         # Where, and not what: the texts of errors quote what was said, and whoever iterates logs what is raised here.
         where = "".join(traceback.format_tb(error.__traceback__))

@@ -21,7 +21,7 @@ from voicehelper.identity.permissions import member_of
 from voicehelper.pagination import ByPosition
 
 from .models import Conversation, Message
-from .replies import ENDED, FAILURES, LOST, EventStream, whole_reply
+from .replies import ENDED, FAILURES, LOST, EventStream, TooManyReplies, whole_reply
 from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage
 from .services import (
     ConversationEnded,
@@ -39,6 +39,12 @@ from .services import (
 
 class Conflict(APIException):
     status_code = status.HTTP_409_CONFLICT
+
+
+class Busy(APIException):
+    status_code = status.HTTP_503_SERVICE_UNAVAILABLE
+    default_detail = "The assistant is replying to many others: ask again in a moment."
+    wait = 2  # seconds, for Retry-After
 
 
 class ModelFailed(APIException):
@@ -62,6 +68,8 @@ def refusals() -> Iterator[None]:
         raise Conflict("The assistant is replying already.") from error
     except NothingToAnswer as error:
         raise Conflict("There is no message of a user to reply to.") from error
+    except TooManyReplies as error:
+        raise Busy from error
     except ReplyLost as error:
         raise Conflict(LOST) from error
     except ProviderFailed as failure:
@@ -150,7 +158,8 @@ class RepliesView(APIView):
 
     409 when the conversation has ended, when the assistant is replying in it already, and when nothing is unanswered.
     As JSON: 201 with the stored message; 502, 503, 504 when the language model was given up, and the conversation
-    has failed. The events: see `replies.EventStream`.
+    has failed. 503 with Retry-After, and nothing is changed, when this process has too many replies to work on. The
+    events: see `replies.EventStream`.
     """
 
     renderer_classes = [EventStreamRenderer, JSONRenderer]
@@ -162,8 +171,9 @@ class RepliesView(APIView):
             if request.accepted_renderer.format == JSONRenderer.format:
                 message = whole_reply(user=user, reply=reply)
                 return Response(MessageSerializer(message).data, status=status.HTTP_201_CREATED)
+            stream = EventStream(user=user, reply=reply, path=request.path)
         return StreamingHttpResponse(
-            EventStream(user=user, reply=reply, path=request.path),
+            stream,
             content_type=EventStreamRenderer.media_type,
             # The last one asks nginx to pass on each event as it comes.
             headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},

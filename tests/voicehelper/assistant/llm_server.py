@@ -165,6 +165,40 @@ def ends_early(*words: str) -> Act:
     return act
 
 
+def says_all_and(ends: Act) -> Act:
+    """Say all there is to say, also that it is all, but not what it used; then something goes wrong."""
+
+    def act(handler):
+        handler.begin()
+        handler.word("Hello ")
+        handler.word("there.", finish_reason="stop")
+        ends(handler)
+
+    return act
+
+
+def answers_in_part(status: int, ends: Act, **headers: str) -> Act:
+    """Begin an answer of a gigabyte, all in one line."""
+
+    def act(handler):
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name.replace("_", "-"), value)
+        handler.send_header("Content-Length", "1000000000")
+        handler.end_headers()
+        handler.wfile.write(b'data: {"error"')
+        handler.wfile.flush()
+        ends(handler)
+
+    return act
+
+
+def goes_on(handler: Handler) -> None:
+    """Send the rest of it."""
+    while True:
+        handler.wfile.write(b" " * 65_536)
+
+
 def streams(*events: object) -> Act:
     """Send these as events, as they are."""
 

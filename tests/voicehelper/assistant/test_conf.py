@@ -63,6 +63,7 @@ def test_the_key_is_in_no_text():
         ({"LLM_TIMEOUT_SECONDS": "nan"}, "LLM_TIMEOUT_SECONDS must be a number"),
         ({"LLM_TIMEOUT_SECONDS": "90"}, "must not be more than LLM_REPLY_SECONDS"),
         ({"LLM_MAX_ATTEMPTS": "0"}, "LLM_MAX_ATTEMPTS must be"),
+        ({"LLM_MAX_REPLIES": "0"}, "LLM_MAX_REPLIES must be a whole number from 1"),
         ({"LLM_OFFLINE_WORD_SECONDS": "-1"}, "LLM_OFFLINE_WORD_SECONDS must be"),
     ],
 )

@@ -11,18 +11,22 @@ from opentelemetry.trace import StatusCode
 
 from monitoring import context
 from tests.monitoring.conftest import counted
-from voicehelper.assistant import attempts, orchestrator
+from voicehelper.assistant import attempts, openai_compatible, orchestrator
 from voicehelper.assistant.attempts import Signal
 from voicehelper.assistant.orchestrator import Answer, generate
 from voicehelper.assistant.providers import ProviderFailed, Turn, approximate_tokens
 
 from . import search_stubs
 from .llm_server import (
+    Handler,
+    answers_in_part,
     breaks_off,
     ends_early,
+    goes_on,
     hangs,
     refuses,
     says,
+    says_all_and,
     says_and_waits,
     streams,
     trickles,
@@ -180,6 +184,9 @@ def test_the_cost_is_the_tenants(assistant, server, settings):
         (streams({"choices": [{"index": 0, "finish_reason": None}]}), 0),
         (streams({"choices": 7}), 0),
         (streams([1]), 0),
+        (streams("[" * 200_000), 0),
+        (answers_in_part(500, Handler.cut), 0),
+        (answers_in_part(500, Handler.cut, Content_Encoding="gzip"), 0),
         (lambda handler: handler.answer(200, b"not what was asked for"), 0),
     ],
 )
@@ -230,13 +237,32 @@ def test_a_provider_that_is_not_there(assistant, server, metrics):
     assert metrics()["errors"] == 2
 
 
-@pytest.mark.parametrize("act", [hangs, says_and_waits("Well")])
+@pytest.mark.parametrize("act", [hangs, says_and_waits("Well"), answers_in_part(429, hangs)])
 def test_a_provider_that_falls_silent(assistant, server, metrics, act):
     assistant(timeout_seconds=0.1, max_attempts=2)
     server.acts = [act, act]
     assert fails() == "provider_timeout"
     assert metrics()["errors"] == 2
     assert all(asked.gone.wait(5) for asked in server.asked)
+
+
+@pytest.mark.parametrize("ends", [Handler.cut, Handler.wait_for_go, lambda handler: handler.event("{")])
+def test_what_goes_wrong_after_the_last_word_does_not_matter(assistant, server, metrics, ends):
+    assistant(timeout_seconds=0.2)
+    server.acts = [says_all_and(ends)]
+    said, answer = ask()
+    assert (said, answer.content, answer.output_tokens) == (["Hello ", "there."], "Hello there.", 3)
+    assert (metrics()["requests"], metrics()["errors"]) == (1, 0)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_that_is_far_too_large_is_not_kept(assistant, server, metrics, monkeypatch, status):
+    monkeypatch.setattr(openai_compatible, "ANSWER_MAX_BYTES", 1_000_000)
+    assistant(max_attempts=2)
+    act = answers_in_part(status, goes_on)
+    server.acts = [act, act]
+    assert fails() == "provider_error"
+    assert metrics()["errors"] == 2
 
 
 def test_a_reply_has_an_end(assistant, server, metrics):
@@ -318,13 +344,19 @@ def test_the_spans_of_a_reply(assistant, server, spans, settings, everything_log
     assistant(search=f"{search_stubs.__name__}.search")
     server.acts = [refuses(500), says(SECRET)]
     ask()
-    retrieval, failed, chat, reply = spans()
+    retrieval, routing, failed, chat, reply = spans()
     assert [span.name for span in spans()] == [
         "retrieval documents",
+        "route_model",
         *["chat gpt-4o-mini"] * 2,
         "invoke_agent voicehelper",
     ]
-    assert {span.parent.span_id for span in (retrieval, failed, chat)} == {reply.context.span_id}
+    assert {span.parent.span_id for span in (retrieval, routing, failed, chat)} == {reply.context.span_id}
+    assert dict(routing.attributes) == {
+        "gen_ai.request.model": "gpt-4o-mini",
+        "voicehelper.route.complexity": "simple",
+        "voicehelper.route.reason": "plain",
+    }
     assert dict(reply.attributes) == {
         "gen_ai.operation.name": "invoke_agent",
         "gen_ai.agent.name": "voicehelper",
@@ -356,7 +388,7 @@ def test_the_spans_of_a_reply(assistant, server, spans, settings, everything_log
 def test_the_span_of_a_reply_that_fails(assistant, server, spans):
     server.acts = [refuses(401)]
     fails()
-    [_, reply] = spans()
+    *_, reply = spans()
     assert (reply.status.status_code, reply.attributes["error.type"]) == (StatusCode.ERROR, "provider_error")
 
 
@@ -365,7 +397,7 @@ def test_the_span_of_a_reply_that_is_stopped(assistant, server, spans):
     going = begin()
     next(going), next(going)
     going.close()
-    [chat, reply] = spans()
+    *_, chat, reply = spans()
     assert reply.attributes["voicehelper.reply.stopped"] is True
     assert reply.status.is_unset and chat.status.is_unset
 

@@ -1,10 +1,12 @@
 """The assistant's reply over the API: streamed and whole, stored and emitted, refused and failed."""
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from itertools import pairwise
 
+import psycopg
 import pytest
 from django.db import connection
 from django.utils import timezone
@@ -14,6 +16,7 @@ from events_outbox.models import OutboxEvent
 from tests.monitoring.conftest import counted
 from tests.voicehelper.conftest import assert_problem
 from voicehelper.assistant.orchestrator import Answer
+from voicehelper.assistant.providers import ProviderFailed
 from voicehelper.conversations import replies
 from voicehelper.conversations.models import Conversation, Message
 from voicehelper.conversations.services import (
@@ -274,6 +277,24 @@ def test_a_conversation_that_has_ended(api, bob, conversation):
     assert "has ended" in assert_problem(api(bob).post(url(conversation)), 409)["detail"]
 
 
+@pytest.mark.parametrize("accept", [JSON, "text/event-stream"])
+def test_more_replies_than_a_process_works_on_at_once(api, bob, conversation, assistant, server, accept):
+    """The others are told to come again, and threads are left for other requests."""
+    assistant(max_replies=1)
+    going = replies.reply_to(user=bob, reply=begin_reply(user=bob, conversation_id=conversation.id))
+    next(going)
+    other = create_conversation(user=bob, title="Lunch")
+    add(bob, other)
+    answer = api(bob).post(url(other), HTTP_ACCEPT=accept)
+    assert "many others" in assert_problem(answer, 503)["detail"]
+    assert int(answer["Retry-After"]) > 0
+    other.refresh_from_db()
+    assert (other.status, other.reply_id) == ("active", None)
+    going.close()
+    answer = api(bob).post(url(other), HTTP_ACCEPT=accept)
+    assert answer.status_code == 201 if accept == JSON else read(answer)[-1][0] == "message"
+
+
 # --- What fails ---
 
 FAILURES = [
@@ -402,3 +423,27 @@ def test_no_transaction_is_open_while_the_provider_talks(bob, conversation, assi
             assert connection.get_autocommit()
             server.may_go_on.set()
     assert OutboxEvent.objects.filter(event_type="conversation.message.sent").count() == 2
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("act", [says_and_waits("On ", then=("Friday",)), breaks_off("On ")])
+def test_a_reply_outlives_the_database_connection_it_began_with(bob, conversation, assistant, server, act, settings):
+    """What the provider has said, and that it has failed, is kept although the database was restarted meanwhile."""
+    assistant(max_attempts=1)
+    server.acts = [act]
+    going = replies.reply_to(user=bob, reply=begin_reply(user=bob, conversation_id=conversation.id))
+    assert "On " in iter(going.__next__, None)
+    end_session_of(connection)
+    server.may_go_on.set()
+    with suppress(ProviderFailed):
+        list(going)
+    conversation.refresh_from_db()
+    assert (conversation.message_count, conversation.status) in {(2, "active"), (1, "failed")}
+
+
+def end_session_of(connection):
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_backend_pid()")
+        [pid] = cursor.fetchone()
+    with psycopg.connect(**connection.get_connection_params() | {"cursor_factory": None}) as session:
+        session.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])

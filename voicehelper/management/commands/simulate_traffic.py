@@ -32,6 +32,13 @@ class Command(BaseCommand):
             default=0.02,
             help="share of conversations that fail, and that send a wrong request (0 to 1, default 0.02)",
         )
+        parser.add_argument(
+            "--reply-share",
+            type=_share,
+            default=0.0 if settings.ASSISTANT.base_url else 0.2,
+            help="share of messages that the assistant is asked to reply to (0 to 1, default 0.2; 0 where LLM_BASE_URL "
+            "names a language model, which costs what it costs)",
+        )
         parser.add_argument("--url", default=find_services().web_url, help="the web server (default: %(default)s)")
         parser.add_argument("--seed", type=int, default=1, help="the same seed has people say the same (default 1)")
 
@@ -48,6 +55,7 @@ class Command(BaseCommand):
             rate=options["rate"],
             seconds=options["seconds"],
             error_rate=options["error_rate"],
+            reply_share=options["reply_share"],
             seed=options["seed"],
         )
 
@@ -64,7 +72,10 @@ class Command(BaseCommand):
             raise CommandError(f"Nothing was accepted at {options['url']}: is the web server running? {_line(summary)}")
         if ledger.unknown:
             raise CommandError(f"{ledger.unknown} requests stayed without an answer: nothing can be compared")
-        accepted = f"{ledger.conversations.total():,} conversations and {ledger.messages.total():,} messages accepted"
+        accepted = (
+            f"{ledger.conversations.total():,} conversations and {ledger.messages.total():,} messages accepted, among "
+            f"them {ledger.replies:,} replies of {ledger.tokens.total():,} tokens"
+        )
         self.stdout.write(f"{accepted}; waiting until analytics has counted them")
         deadline = time.monotonic() + COUNTED_WITHIN_SECONDS
         while (found := differences(ledger, before, counted(tenants))) and time.monotonic() < deadline:
@@ -89,7 +100,8 @@ def _line(summary: Summary) -> str:
 
     return (
         f"{summary.requests:6,} requests, {summary.per_second:6.1f}/s, p50 {milliseconds(summary.p50)}, "
-        f"p95 {milliseconds(summary.p95)}; refused so far {summary.refused}, without an answer {summary.unknown}"
+        f"p95 {milliseconds(summary.p95)}; so far {summary.replies} replies, {summary.refused} refused, "
+        f"{summary.unknown} without an answer"
     )
 
 
