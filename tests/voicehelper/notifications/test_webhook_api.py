@@ -195,6 +195,20 @@ def test_what_may_be_done_can_be_asked(api, alice, charlie, webhook, url):
 
 
 @pytest.mark.parametrize(("method", "path"), [("get", None), ("post", None), *ENDPOINTS])
+@pytest.mark.parametrize("scope", ["read", "write", "admin"])
+def test_a_token_does_what_its_scope_is_for(api, alice, webhook, method, path, scope):
+    url = WEBHOOKS if path is None else f"{WEBHOOKS}/{webhook.id}{path}"
+    answer = getattr(api(alice, scope), method)(url, {}, format="json" if method != "get" else None)
+    assert (answer.status_code != 403) == (scope == ("read" if method == "get" else "write"))
+
+
+def test_nobody_on_the_way_is_to_keep_a_secret(api, alice):
+    created = api(alice).post(WEBHOOKS, {"url": "https://example.com/"}, format="json")
+    rotated = api(alice).post(f"{WEBHOOKS}/{created.json()['id']}/rotate-secret")
+    assert created["Cache-Control"] == rotated["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize(("method", "path"), [("get", None), ("post", None), *ENDPOINTS])
 def test_webhooks_are_for_admins(api, client, bob, webhook, method, path):
     url = WEBHOOKS if path is None else f"{WEBHOOKS}/{webhook.id}{path}"
     assert_problem(getattr(api(bob), method)(url), 403)
