@@ -1,6 +1,7 @@
 from functools import partial
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandParser
 
 from events_outbox.management.process import Together, run_until_signalled
@@ -8,8 +9,8 @@ from monitoring.worker import Worker
 from voicehelper.notifications.deliveries import DeliveryLoop
 from voicehelper.notifications.models import Channel
 
-STALE_SECONDS = 120.0
-"""One e-mail may take its while: each step of it has a timeout of its own."""
+STEPS_OF_A_MAIL = 12
+"""For each of them the mail server is waited for, EMAIL_TIMEOUT_SECONDS at most; meanwhile the loop does not tick."""
 
 
 class Command(BaseCommand):
@@ -23,7 +24,8 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         channels = [options["channel"]] if options["channel"] else [Channel.EMAIL.value, Channel.WEBHOOK.value]
-        with Worker("delivery", options["metrics_port"], loops=channels, stale_after_seconds=STALE_SECONDS) as worker:
+        stale_seconds = max(60.0, STEPS_OF_A_MAIL * settings.EMAIL_TIMEOUT)
+        with Worker("delivery", options["metrics_port"], loops=channels, stale_after_seconds=stale_seconds) as worker:
             loops = {
                 channel: DeliveryLoop(channel, partial(worker.tick, channel), until_idle=options["until_idle"])
                 for channel in channels
