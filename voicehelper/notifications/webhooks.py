@@ -98,7 +98,8 @@ def _check_address(address: Address) -> None:
     if settings.IS_DEV:
         return
     for one in [*_embedded(address)] or [address]:
-        if not one.is_global or one.is_multicast or one.is_reserved or one.is_unspecified:
+        is_site_local = isinstance(one, ipaddress.IPv6Address) and one.is_site_local  # to Python that is global
+        if not one.is_global or one.is_multicast or one.is_reserved or one.is_unspecified or is_site_local:
             raise AddressRefused("The host is not at a public address.")
 
 
