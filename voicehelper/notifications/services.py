@@ -268,8 +268,10 @@ def change_webhook(*, by: User, endpoint_id: UUID, **changes: Any) -> WebhookEnd
     endpoint = _lock_webhook(by, endpoint_id)
     if "kinds" in changes:
         changes["kinds"] = sorted(set(changes["kinds"]))
-    if changes.get("active") and not endpoint.active:
+    if changes.get("active") and (endpoint.failures or not endpoint.active):
+        # It is said to be well: what waits for it need not wait any longer.
         changes |= {"failures": 0, "resting_until": None}
+        Delivery.objects.waiting_for(endpoint.id).update(next_attempt_at=timezone.now())
     for name, value in changes.items():
         setattr(endpoint, name, value)
     endpoint.save(update_fields=list(changes))
@@ -302,12 +304,12 @@ def rotate_webhook_secret(*, by: User, endpoint_id: UUID) -> WebhookEndpoint:
 
 @transaction.atomic
 def try_webhook(*, by: User, endpoint_id: UUID) -> Delivery:
-    """Have a test sent to a webhook of the user's tenant, as everything is sent to it.
+    """Have a test sent to a webhook of the user's tenant, as everything is sent to it: one that fails rests first.
 
     Raises WebhookEndpoint.DoesNotExist when the tenant has no such webhook.
     """
     endpoint = _lock_webhook(by, endpoint_id)
-    test_id = uuid4()
+    test_id, now = uuid4(), timezone.now()
     subject = "This is a test."
     data = {"event_id": str(test_id), "tenant_id": str(endpoint.tenant_id), "subject": subject, "text": subject}
     return Delivery.objects.create(
@@ -318,7 +320,8 @@ def try_webhook(*, by: User, endpoint_id: UUID) -> Delivery:
         correlation_id=correlation_id.get(),
         endpoint=endpoint,
         subject=subject,
-        body=_webhook_body(TEST, timezone.now().isoformat(), data),
+        body=_webhook_body(TEST, now.isoformat(), data),
+        next_attempt_at=max(now, endpoint.resting_until or now),
     )
 
 

@@ -142,6 +142,20 @@ def test_a_test_is_sent_and_its_outcome_shown(api, alice, webhook, receiver):
     assert shown["last_error"] == "HTTP 500"
 
 
+def test_a_test_of_one_that_fails_waits_until_it_is_said_to_be_well(api, alice, webhook, receiver):
+    url = f"{WEBHOOKS}/{webhook.id}"
+    receiver.status = 500
+    for _ in range(3):
+        api(alice).post(f"{url}/test")
+    assert deliver() == 1
+    api(alice).post(f"{url}/test")  # or a tenant could keep the workers busy with receivers that hang
+    assert deliver() == 0
+    receiver.status = 200
+    assert api(alice).patch(url, {"active": True}, format="json").json()["failures"] == 0
+    assert deliver() == 4
+    assert not Delivery.objects.exclude(state="sent").exists()
+
+
 def test_a_rotated_secret_and_for_a_day_the_old_one(api, alice, receiver):
     created = api(alice).post(WEBHOOKS, {"url": receiver.url}, format="json").json()
     url = f"{WEBHOOKS}/{created['id']}"
