@@ -36,7 +36,7 @@ from . import mail, webhooks
 from .events import NOTIFICATION_FAILED, NOTIFICATION_SENT
 from .models import Channel, Delivery, WebhookEndpoint, give_up_at
 from .outcomes import Outcome
-from .services import METADATA
+from .services import METADATA, prune
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,10 @@ for a dozen times, each time for EMAIL_TIMEOUT_SECONDS, which are 60 at most."""
 SLOW_SECONDS = 1.0
 """A receiver that takes longer to say yes is left alone for as long: others' turn."""
 AT_ONCE = 100
-"""So many deliveries are given up, or taken back, in one transaction."""
+"""So many deliveries are given up, taken back or deleted in one transaction."""
 IDLE_SECONDS = 0.5
 LOOK_SECONDS = 10.0
-"""How often abandoned deliveries are looked for."""
+"""How often what was abandoned, is too late or too old is looked for."""
 RECONNECT_SECONDS = 1.0
 
 
@@ -248,9 +248,9 @@ class DeliveryLoop:
                 self._pause(IDLE_SECONDS)
 
     def deliver_next(self) -> bool:
-        """Send what is due longest, once what is too late for that is given up. False when there is nothing to do."""
+        """Send what is due longest; now and then tidy up before. False when there is nothing to do."""
         if time.monotonic() - self._looked >= LOOK_SECONDS:
-            found = (take_back_abandoned(channel=self.channel), give_up_overdue(channel=self.channel))
+            found = (take_back_abandoned(channel=self.channel), give_up_overdue(channel=self.channel), prune())
             if max(found) >= AT_ONCE:  # there may be more
                 return True
             self._looked = time.monotonic()

@@ -163,6 +163,8 @@ class Delivery(models.Model):
         SENT = "sent"
         FAILED = "failed"
 
+    UNDER_WAY = (State.PENDING, State.SENDING)
+
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     tenant = models.ForeignKey("identity.Tenant", on_delete=models.PROTECT, related_name="+", db_index=False)
     channel = models.CharField(max_length=10, choices=[choice for choice in Channel.choices if choice[0] != "in_app"])

@@ -15,7 +15,7 @@ from tests.voicehelper.notifications.conftest import (
     document_indexed,
     make_due,
 )
-from voicehelper.notifications import deliveries, webhooks
+from voicehelper.notifications import deliveries, services, webhooks
 from voicehelper.notifications.deliveries import (
     RETRY,
     claim_delivery,
@@ -23,9 +23,9 @@ from voicehelper.notifications.deliveries import (
     retry_deliveries,
     take_back_abandoned,
 )
-from voicehelper.notifications.models import Delivery, WebhookEndpoint
+from voicehelper.notifications.models import Delivery, Notification, WebhookEndpoint
 from voicehelper.notifications.outcomes import Outcome
-from voicehelper.notifications.services import create_webhook
+from voicehelper.notifications.services import create_webhook, prune
 
 BRIEF = RetryPolicy(max_retries=2, initial_delay_seconds=10, multiplier=3, max_delay_seconds=60)
 
@@ -286,6 +286,35 @@ def test_nor_when_another_one_is_at_it_again(waiting):
     assert record_outcome(delivery=left, outcome=Outcome("late")) is False
     assert record_outcome(delivery=second, outcome=Outcome()) is True
     assert Delivery.objects.get().state == "sent"
+
+
+# -- what is kept
+
+
+def test_what_is_done_and_old_is_deleted(alice, bob, webhook, monkeypatch):
+    for _ in range(3):
+        document_failed(bob)
+    first, second, _ = Delivery.objects.filter(channel="webhook").order_by("id")
+    Delivery.objects.filter(id=first.id).update(state="sent")
+    Delivery.objects.filter(id=second.id).update(state="failed")
+    assert prune() == 0
+    monkeypatch.setattr(services, "DELIVERIES_KEPT", timedelta(days=-1))
+    assert prune() == 2
+    assert not Delivery.objects.filter(id__in=[first.id, second.id]).exists()
+    assert Delivery.objects.filter(state="pending").count() == Delivery.objects.count() == 7
+    monkeypatch.setattr(services, "NOTIFICATIONS_KEPT", timedelta(days=-1))
+    assert prune() == 0  # of each there is still an e-mail under way
+    Delivery.objects.update(state="sent")
+    deliver()
+    assert not Delivery.objects.exists() and not Notification.objects.exists()
+
+
+def test_so_many_at_once_are_deleted_at_most(bob, webhook, monkeypatch):
+    for _ in range(3):
+        document_indexed(bob)
+    Delivery.objects.update(state="sent")
+    monkeypatch.setattr(services, "DELIVERIES_KEPT", timedelta(days=-1))
+    assert [prune(at_once=2), prune(at_once=2)] == [2, 1]
 
 
 # -- operators
