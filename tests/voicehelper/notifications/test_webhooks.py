@@ -8,6 +8,7 @@ import time
 import uuid
 
 import pytest
+from django.conf import settings
 
 from tests.voicehelper.notifications.servers import Receiver, is_signed
 from voicehelper.notifications import webhooks
@@ -196,6 +197,24 @@ def test_what_is_posted_is_signed_and_told_apart(receiver):
     assert is_signed(secret_of(endpoint), headers, body)
     assert not is_signed(secret_of(endpoint), headers, body + b" ")
     assert not is_signed(secret_of(WebhookEndpoint(salt="b" * 64)), headers, body)
+
+
+def test_the_receiver_of_the_documentation_tells_what_is_ours(receiver):
+    text = (settings.BASE_DIR / "docs/notifications.md").read_text()
+    namespace = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], namespace)  # noqa: S102  (our own)
+    is_ours, endpoint = namespace["is_ours"], endpoint_to(receiver.url)
+    post(endpoint, delivery())
+    [(headers, body)] = receiver.requests
+    secret = secret_of(endpoint)
+    assert is_ours(secret, headers, body)
+    assert not is_ours(secret, headers, body + b" ")
+    assert not is_ours(secret_of(WebhookEndpoint(salt="b" * 64)), headers, body)
+    old = {**dict(headers), "webhook-timestamp": str(int(time.time()) - 400)}
+    old["webhook-signature"] = sign(
+        secret, message_id=old["webhook-id"], timestamp=int(old["webhook-timestamp"]), body=body
+    )
+    assert not is_ours(secret, old, body)
 
 
 def test_a_secret_depends_on_the_salt_and_on_the_servers_key(settings):
