@@ -220,7 +220,10 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         for at, address in enumerate(self.addresses, start=1):
             try:
-                self.sock = socket.create_connection((address, self.port), self._seconds_left())
+                # Of what is left each gets its share: one that is dead is not to take the time of those that live.
+                share = self._seconds_left() / (len(self.addresses) + 1 - at)
+                self.sock = socket.create_connection((address, self.port), share)
+                self.sock.settimeout(self._seconds_left())
                 return
             except OSError:
                 if at == len(self.addresses):

@@ -1,5 +1,6 @@
 """Where webhooks may lead, how they are signed, and what one attempt comes to."""
 
+import contextlib
 import socket
 import ssl
 import subprocess
@@ -297,6 +298,20 @@ def test_one_that_is_not_there_may_be_there_later():
         taken.bind(("127.0.0.1", 0))
         outcome = post(endpoint_to(f"http://127.0.0.1:{taken.getsockname()[1]}/"), delivery())
     assert outcome.error.startswith("No answer: ConnectionRefusedError") and outcome.may_try_again
+
+
+def test_an_address_that_is_dead_leaves_time_for_the_next(receiver, monkeypatch):
+    monkeypatch.setattr(webhooks, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(webhooks, "resolve", lambda host, port: ["127.0.0.2", "127.0.0.1"])
+    with socket.socket() as deaf, contextlib.ExitStack() as callers:
+        deaf.bind(("127.0.0.2", receiver.port))
+        deaf.listen(0)
+        for _ in range(3):  # more than it lets wait: further ones get no answer at all
+            caller = callers.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(("127.0.0.2", receiver.port))
+        assert post(endpoint_to(f"http://name.example:{receiver.port}/"), delivery()) == Outcome()
+    assert len(receiver.requests) == 1
 
 
 def test_one_that_does_not_speak_http():
