@@ -16,6 +16,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from voicehelper.idempotency.once import once
 from voicehelper.identity.models import User
 from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
 
@@ -175,6 +176,7 @@ class WebhookTestView(OfTenantAdmins):
     """POST to have a test sent to a webhook; its deliveries show what became of it."""
 
     @extend_schema(request=None, responses={202: WebhookDeliverySerializer})
+    @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             delivery = try_webhook(by=member_of(request), endpoint_id=pk)

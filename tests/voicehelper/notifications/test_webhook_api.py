@@ -156,6 +156,13 @@ def test_a_test_of_one_that_fails_waits_until_it_is_said_to_be_well(api, alice, 
     assert not Delivery.objects.exclude(state="sent").exists()
 
 
+def test_a_test_with_an_idempotency_key_is_sent_once(api, alice, webhook):
+    client = api(alice)
+    first, second = (client.post(f"{WEBHOOKS}/{webhook.id}/test", headers={"Idempotency-Key": "k"}) for _ in range(2))
+    assert first.status_code == second.status_code == 202 and first.json() == second.json()
+    assert Delivery.objects.count() == 1
+
+
 def test_a_rotated_secret_and_for_a_day_the_old_one(api, alice, receiver):
     created = api(alice).post(WEBHOOKS, {"url": receiver.url}, format="json").json()
     url = f"{WEBHOOKS}/{created['id']}"
