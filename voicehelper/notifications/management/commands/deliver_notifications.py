@@ -24,7 +24,7 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         channels = [options["channel"]] if options["channel"] else [Channel.EMAIL.value, Channel.WEBHOOK.value]
-        stale_seconds = max(60.0, STEPS_OF_A_MAIL * settings.EMAIL_TIMEOUT)
+        stale_seconds = max(120.0, STEPS_OF_A_MAIL * settings.EMAIL_TIMEOUT)
         with Worker("delivery", options["metrics_port"], loops=channels, stale_after_seconds=stale_seconds) as worker:
             loops = {
                 channel: DeliveryLoop(channel, partial(worker.tick, channel), until_idle=options["until_idle"])
