@@ -14,7 +14,7 @@ The claim is committed first, so two workers never send the same, and what a wor
 known: it stays "sending". Nobody can tell whether it went out. An e-mail must not arrive twice, so it has failed with
 an unknown outcome; a webhook is posted again, as its receiver knows the `webhook-id` again.
 
-An attempt is known by its number: a worker that was thought dead and comes back records nothing any more.
+An attempt is known by when it began: a worker that was thought dead and comes back records nothing any more.
 """
 
 import logging
@@ -50,7 +50,7 @@ for a dozen times, each time for EMAIL_TIMEOUT_SECONDS, which are 60 at most."""
 SLOW_SECONDS = 1.0
 """A receiver that takes longer to say yes is left alone for as long: others' turn."""
 AT_ONCE = 100
-"""So many deliveries are given up, taken back or deleted in one transaction."""
+"""So many deliveries are given up, or taken back, in one transaction."""
 IDLE_SECONDS = 0.5
 LOOK_SECONDS = 10.0
 """How often what was abandoned, is too late or too old is looked for."""
@@ -82,7 +82,7 @@ def record_outcome(
 
     False, and nothing noted, when the attempt is no longer this worker's.
     """
-    ours = Delivery.objects.filter(id=delivery.id, state=Delivery.State.SENDING, attempts=delivery.attempts)
+    ours = Delivery.objects.filter(id=delivery.id, state=Delivery.State.SENDING, claimed_at=delivery.claimed_at)
     row = ours.with_now().select_for_update(no_key=True).first()
     if row is None:
         return False
@@ -250,7 +250,8 @@ class DeliveryLoop:
     def deliver_next(self) -> bool:
         """Send what is due longest; now and then tidy up before. False when there is nothing to do."""
         if time.monotonic() - self._looked >= LOOK_SECONDS:
-            found = (take_back_abandoned(channel=self.channel), give_up_overdue(channel=self.channel), prune())
+            prune()
+            found = (take_back_abandoned(channel=self.channel), give_up_overdue(channel=self.channel))
             if max(found) >= AT_ONCE:  # there may be more
                 return True
             self._looked = time.monotonic()

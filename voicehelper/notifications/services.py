@@ -234,7 +234,7 @@ def _webhook_body(kind: str, happened_at: str, data: Mapping[str, Any]) -> str:
 
 
 @transaction.atomic
-def prune(*, at_once: int = 100) -> int:
+def prune(*, at_once: int = 1000) -> int:
     """Delete what is kept for long enough: at most so many deliveries and notifications. Return how many it were."""
     old = Delivery.objects.filter(id__lt=_first_id_after(DELIVERIES_KEPT)).exclude(state__in=Delivery.UNDER_WAY)
     deliveries = list(old.order_by("id").values_list("id", flat=True)[:at_once])

@@ -235,7 +235,8 @@ def test_what_nobody_expected_fails_alone(bob, webhook, receiver, monkeypatch, c
 def leave_behind(channel):
     """Be a worker that dies before it knows what its attempt came to, long ago."""
     claimed = claim_delivery(channel=channel)
-    Delivery.objects.filter(id=claimed.id).update(claimed_at=timezone.now() - timedelta(minutes=16))
+    claimed.claimed_at = timezone.now() - timedelta(minutes=16)
+    claimed.save()
     return claimed
 
 
@@ -286,6 +287,17 @@ def test_nor_when_another_one_is_at_it_again(waiting):
     assert record_outcome(delivery=left, outcome=Outcome("late")) is False
     assert record_outcome(delivery=second, outcome=Outcome()) is True
     assert Delivery.objects.get().state == "sent"
+
+
+def test_nor_when_an_operator_has_had_it_begun_anew(bob, mail_server):
+    document_failed(bob)
+    left = leave_behind("email")
+    take_back_abandoned(channel="email")
+    retry_deliveries(deliveries=[left], by="alice")
+    second = claim_delivery(channel="email")
+    assert second.attempts == left.attempts
+    assert record_outcome(delivery=left, outcome=Outcome("late", may_try_again=True)) is False
+    assert record_outcome(delivery=second, outcome=Outcome()) is True
 
 
 # -- what is kept
