@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from django.core.exceptions import ImproperlyConfigured, ValidationError
+from django.core.mail.message import sanitize_address
 from django.core.validators import validate_email
 
 _BACKENDS = "django.core.mail.backends"
@@ -61,6 +62,8 @@ def email_settings(environment: Mapping[str, str], *, is_dev: bool) -> EmailSett
     host, port, user, password, security = _of_url(url) if url else _of_single(environment)
     if bool(user) != bool(password):
         raise ImproperlyConfigured("the login of the mail server needs both user and password")
+    if not (user + password).isascii():
+        raise ImproperlyConfigured("the login of the mail server must be ASCII: Python's smtplib knows no other")
     if user and security == "none" and not is_dev:
         raise ImproperlyConfigured("a password is sent over TLS alone: smtp+tls:// or smtps:// (EMAIL_SECURITY)")
     backend = f"{_BACKENDS}.smtp.EmailBackend"
@@ -113,7 +116,8 @@ def _sender(environment: Mapping[str, str], *, is_dev: bool) -> str:
         return "VoiceHelper <voicehelper@localhost>"
     try:
         validate_email(parseaddr(sender)[1])
-    except ValidationError:
+        sanitize_address(sender, "utf-8")  # as for each mail: one address, and nothing after it
+    except (ValidationError, ValueError):
         raise ImproperlyConfigured("EMAIL_FROM must be an address, or Name <address>") from None
     if not sender.isprintable():
         raise ImproperlyConfigured("EMAIL_FROM must be one line")

@@ -70,6 +70,9 @@ def test_nothing_is_printed_in_development_and_not_made_elsewhere():
         ({"EMAIL_HOST": "mail", "EMAIL_PASSWORD_FILE": "/nowhere"}, "EMAIL_PASSWORD_FILE cannot be read"),
         ({"EMAIL_HOST": "mail", "EMAIL_FROM": ""}, "EMAIL_FROM must name"),
         ({"EMAIL_HOST": "mail", "EMAIL_FROM": "nobody"}, "EMAIL_FROM must be an address"),
+        ({"EMAIL_HOST": "mail", "EMAIL_FROM": "a@example.com, b@example.com"}, "EMAIL_FROM must be an address"),
+        ({"EMAIL_HOST": "mail", "EMAIL_FROM": "a@example.com <b@example.com>"}, "EMAIL_FROM must be an address"),
+        ({"EMAIL_URL": "smtps://me:secret%C3%9F@mail"}, "must be ASCII"),
         ({"EMAIL_HOST": "mail", "EMAIL_FROM": "a@example.com\r\nBcc: b@example.com"}, "EMAIL_FROM must be"),
     ],
 )

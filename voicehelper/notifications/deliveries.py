@@ -2,8 +2,9 @@
 
                      claim, committed before anything is sent
       ┌─▶ pending ────────────────────────────────────────────▶ sending ──▶ sent      notification.sent
-      │      ▲          it said no, or was not reached             │  └───▶ failed    notification.failed
-      │      └─────────────────────────────────────────────────────┤           │
+      │    │ ▲          it said no, or was not reached             │  └───▶ failed    notification.failed
+      │    │ └─────────────────────────────────────────────────────┤         ▲ │
+      │    └── its day is over ────────────────────────────────────┼─────────┘ │
       │      webhook: the worker died meanwhile                    │           │ an operator has it tried again
       │                                                            │           │
       │      e-mail: the worker died meanwhile ─▶ failed           │           │
@@ -13,15 +14,15 @@ The claim is committed first, so two workers never send the same, and what a wor
 known: it stays "sending". Nobody can tell whether it went out. An e-mail must not arrive twice, so it has failed with
 an unknown outcome; a webhook is posted again, as its receiver knows the `webhook-id` again.
 
-An attempt is known by its number: a worker that was thought dead and comes back records nothing any more.
+An attempt is known by when it began: a worker that was thought dead and comes back records nothing any more.
 """
 
 import logging
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import timedelta
-from typing import TypeVar
+from datetime import datetime, timedelta
+from typing import TypeVar, cast
 from uuid import UUID
 
 from django.db import InterfaceError, OperationalError, connection, transaction
@@ -36,7 +37,7 @@ from . import mail, webhooks
 from .events import NOTIFICATION_FAILED, NOTIFICATION_SENT
 from .models import Channel, Delivery, WebhookEndpoint, give_up_at
 from .outcomes import Outcome
-from .services import METADATA
+from .services import METADATA, prune
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +45,16 @@ Answer = TypeVar("Answer")
 
 RETRY = RetryPolicy(max_retries=7, initial_delay_seconds=10, multiplier=3, max_delay_seconds=3600, jitter=0.5)
 """10 s, 30 s, 90 s, ... up to an hour, each less up to a half: some two hours in all."""
-LEASE = timedelta(minutes=5)
-"""What has been "sending" for longer was left by a worker that died. No attempt takes so long."""
+LEASE = {Channel.EMAIL.value: timedelta(minutes=15), Channel.WEBHOOK.value: timedelta(minutes=5)}
+"""What has been "sending" for longer was left by a worker that died. No attempt takes so long: a mail server is waited
+for a dozen times, each time for EMAIL_TIMEOUT_SECONDS, which are 60 at most."""
+SLOW_SECONDS = 1.0
+"""A receiver that takes longer to say yes is left alone for as long: others' turn."""
+AT_ONCE = 100
+"""So many deliveries are given up, or taken back, in one transaction."""
 IDLE_SECONDS = 0.5
 LOOK_SECONDS = 10.0
-"""How often abandoned deliveries are looked for."""
+"""How often what was abandoned, is too late or too old is looked for."""
 RECONNECT_SECONDS = 1.0
 
 
@@ -58,26 +64,30 @@ RECONNECT_SECONDS = 1.0
 @transaction.atomic
 def claim_delivery(*, channel: str) -> Delivery | None:
     """Take what is due longest, and say so in the database; None when nothing is due."""
-    delivery = Delivery.objects.due(channel).select_for_update(skip_locked=True).first()
+    # By the database's clock, or what a worker whose clock is behind has just begun to send is taken for abandoned.
+    due = Delivery.objects.due(channel).with_now()
+    delivery = due.select_for_update(skip_locked=True).first()
     if delivery is None:
         return None
-    delivery.state, delivery.claimed_at = Delivery.State.SENDING, timezone.now()
+    delivery.state, delivery.claimed_at = Delivery.State.SENDING, delivery.now
     delivery.attempts += 1
     delivery.save(update_fields=["state", "claimed_at", "attempts"])
-    return delivery
+    return cast(Delivery, delivery)
 
 
 @transaction.atomic
-def record_outcome(*, delivery: Delivery, outcome: Outcome, retry: RetryPolicy = RETRY) -> bool:
+def record_outcome(
+    *, delivery: Delivery, outcome: Outcome, retry: RetryPolicy = RETRY, took_seconds: float = 0.0
+) -> bool:
     """Note what an attempt came to; emit notification.sent, or notification.failed when it was the last one.
 
     False, and nothing noted, when the attempt is no longer this worker's.
     """
-    ours = Delivery.objects.filter(id=delivery.id, state=Delivery.State.SENDING, attempts=delivery.attempts)
-    row = ours.select_for_update(no_key=True).first()
+    ours = Delivery.objects.filter(id=delivery.id, state=Delivery.State.SENDING, claimed_at=delivery.claimed_at)
+    row = ours.with_now().select_for_update(no_key=True).first()
     if row is None:
         return False
-    now = timezone.now()
+    now = row.now
     row.last_error = outcome.error
     if not outcome.error:
         row.state, row.finished_at = Delivery.State.SENT, now
@@ -88,7 +98,7 @@ def record_outcome(*, delivery: Delivery, outcome: Outcome, retry: RetryPolicy =
         row.state, row.finished_at = Delivery.State.FAILED, now
     row.save(update_fields=["state", "last_error", "finished_at", "next_attempt_at"])
     if row.endpoint_id is not None:
-        _note_endpoint(row.endpoint_id, outcome, retry)
+        _note_endpoint(row.endpoint_id, outcome, retry, now, took_seconds)
     if row.state != Delivery.State.PENDING:
         _emit(row)
     return True
@@ -99,25 +109,31 @@ def _pause(retry: RetryPolicy, failures: int, outcome: Outcome) -> timedelta:
     return timedelta(seconds=max(delays[min(failures, len(delays)) - 1], outcome.wait_seconds))
 
 
-def _note_endpoint(endpoint_id: UUID, outcome: Outcome, retry: RetryPolicy) -> None:
+def _note_endpoint(endpoint_id: UUID, outcome: Outcome, retry: RetryPolicy, now: datetime, took_seconds: float) -> None:
     """Count the endpoint's failures. While it fails, what else is for it waits; when it is back, all goes out.
 
-    A receiver that is away would otherwise take all workers' time with what its tenant has for it.
+    A receiver that is away would otherwise take all workers' time with what its tenant has for it, and so would one
+    that takes its time to say yes.
     """
-    waiting = Delivery.objects.filter(endpoint_id=endpoint_id, state=Delivery.State.PENDING)
+    if outcome.error and not outcome.is_receivers:
+        return
+    waiting = Delivery.objects.waiting_for(endpoint_id)
     endpoint = WebhookEndpoint.objects.select_for_update(no_key=True).get(id=endpoint_id)
-    now = timezone.now()
-    if not outcome.error and endpoint.failures:
-        endpoint.failures, endpoint.resting_until = 0, None
-        waiting.filter(next_attempt_at__gt=now).update(next_attempt_at=now)
-    elif outcome.is_receivers:
+    was_failing = endpoint.failures > 0
+    if outcome.error:
         endpoint.failures += 1
         endpoint.active = endpoint.active and not outcome.wants_no_more
-        endpoint.resting_until = now + _pause(retry, endpoint.failures, outcome)
-        waiting.filter(next_attempt_at__lt=endpoint.resting_until).update(next_attempt_at=endpoint.resting_until)
+        rest = _pause(retry, endpoint.failures, outcome)
     else:
-        return
+        endpoint.failures = 0
+        rest = timedelta(seconds=took_seconds if took_seconds > SLOW_SECONDS else 0.0)
+        if not (was_failing or rest):
+            return
+    until = now + rest
+    endpoint.resting_until = until if rest else None
     endpoint.save(update_fields=["failures", "active", "resting_until"])
+    is_back = was_failing and not outcome.error
+    (waiting if is_back else waiting.filter(next_attempt_at__lt=until)).update(next_attempt_at=until)
 
 
 def _emit(delivery: Delivery) -> None:
@@ -142,9 +158,9 @@ def _emit(delivery: Delivery) -> None:
 
 
 @transaction.atomic
-def take_back_abandoned(*, channel: str, lease: timedelta = LEASE) -> int:
+def take_back_abandoned(*, channel: str) -> int:
     """Decide about what workers that died have left "sending": see above. Return how many there were."""
-    abandoned = list(Delivery.objects.abandoned(channel, lease).select_for_update(skip_locked=True)[:100])
+    abandoned = Delivery.objects.abandoned(channel, LEASE[channel]).select_for_update(skip_locked=True)[:AT_ONCE]
     for delivery in abandoned:
         logger.warning("delivery was abandoned", extra={"delivery": str(delivery.id), "channel": channel})
         died = "The worker died while it was sent."
@@ -153,6 +169,21 @@ def take_back_abandoned(*, channel: str, lease: timedelta = LEASE) -> int:
         else:
             record_outcome(delivery=delivery, outcome=Outcome(f"{mail.UNKNOWN_OUTCOME} {died}"))
     return len(abandoned)
+
+
+@transaction.atomic
+def give_up_overdue(*, channel: str) -> int:
+    """Fail what has waited for too long, and emit notification.failed. Return how many there were.
+
+    Otherwise what waits for a receiver that never comes back would pile up, and be sent when it is no news any more.
+    """
+    overdue = Delivery.objects.overdue(channel).with_now().select_for_update(skip_locked=True)[:AT_ONCE]
+    for delivery in overdue:
+        delivery.state, delivery.finished_at = Delivery.State.FAILED, delivery.now
+        delivery.last_error = f"Given up: its time is over. {delivery.last_error}".strip()
+        delivery.save(update_fields=["state", "finished_at", "last_error"])
+        _emit(delivery)
+    return len(overdue)
 
 
 @transaction.atomic
@@ -169,7 +200,8 @@ def retry_deliveries(*, deliveries: Iterable[Delivery], by: str) -> list[Deliver
         delivery.state, delivery.attempts, delivery.finished_at = Delivery.State.PENDING, 0, None
         delivery.next_attempt_at, delivery.give_up_at = now, until
         delivery.save(update_fields=["state", "attempts", "finished_at", "next_attempt_at", "give_up_at"])
-        note_action("delivery.retried", consumer="", subject=str(delivery.id), by=by, error=delivery.last_error)
+        # Not the error: it has words of the receiver's in it, and what is noted is logged.
+        note_action("delivery.retried", consumer="", subject=str(delivery.id), by=by, kind=delivery.kind)
     return chosen
 
 
@@ -225,20 +257,26 @@ class DeliveryLoop:
                     self._pause(IDLE_SECONDS)
 
     def deliver_next(self) -> bool:
-        """Send what is due longest. False when nothing is due."""
+        """Send what is due longest; now and then tidy up before. False when there is nothing to do."""
         if time.monotonic() - self._looked >= LOOK_SECONDS:
-            take_back_abandoned(channel=self.channel)
+            prune()
+            found = (take_back_abandoned(channel=self.channel), give_up_overdue(channel=self.channel))
+            if max(found) >= AT_ONCE:  # there may be more
+                return True
             self._looked = time.monotonic()
         delivery = claim_delivery(channel=self.channel)
         if delivery is None:
             return False
         started = time.monotonic()
         outcome = self._attempt(delivery)
+        took_seconds = time.monotonic() - started
         self.vitals.rate.count(1)
         if outcome.error:
             self.vitals.failed(outcome.error)
         # The outcome is known by now, and is not to get lost with a session.
-        noted = self._with_database(lambda: record_outcome(delivery=delivery, outcome=outcome, retry=self.retry))
+        noted = self._with_database(
+            lambda: record_outcome(delivery=delivery, outcome=outcome, retry=self.retry, took_seconds=took_seconds)
+        )
         logger.info(
             "delivery attempted",
             extra={
@@ -248,7 +286,7 @@ class DeliveryLoop:
                 "attempt": delivery.attempts,
                 "arrived": not outcome.error,
                 "noted": bool(noted),
-                "duration_ms": round(1000 * (time.monotonic() - started)),
+                "duration_ms": round(1000 * took_seconds),
             },
         )
         return True

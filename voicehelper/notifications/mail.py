@@ -34,7 +34,7 @@ def send(delivery: Delivery, address: str) -> Outcome:
     connection = get_connection()
     try:
         connection.open()
-    except (smtplib.SMTPException, OSError) as error:
+    except (smtplib.SMTPException, OSError, ValueError) as error:  # ValueError: a host or login that cannot be encoded
         return Outcome(f"The mail server was not reached: {_told(error)}", may_try_again=True)
     try:
         return _send(_message(delivery, address, connection), connection)

@@ -1,6 +1,7 @@
 """What users are told about, how they want to be told, and what goes out to them."""
 
 from datetime import datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 from django.conf import settings
@@ -130,6 +131,19 @@ class DeliveryQuerySet(models.QuerySet["Delivery"]):
         pending = self.filter(state=Delivery.State.PENDING, channel=channel, next_attempt_at__lte=Now())
         return pending.order_by("next_attempt_at", "attempts", "id")
 
+    def overdue(self, channel: str) -> "DeliveryQuerySet":
+        """What was not sent in time."""
+        pending = self.filter(state=Delivery.State.PENDING, channel=channel, give_up_at__lte=Now())
+        return pending.order_by("give_up_at")
+
+    def waiting_for(self, endpoint_id: UUID) -> "DeliveryQuerySet":
+        """What is still to be sent to a webhook."""
+        return self.filter(state=Delivery.State.PENDING, endpoint_id=endpoint_id)
+
+    def with_now(self) -> "models.QuerySet[Any]":
+        """Each with `now`, the database's time: the clocks of workers may differ."""
+        return self.annotate(now=Now())
+
     def abandoned(self, channel: str, lease: timedelta) -> "DeliveryQuerySet":
         """What a worker began to send and never came back from."""
         sending = self.filter(state=Delivery.State.SENDING, channel=channel, claimed_at__lt=Now() - lease)
@@ -148,6 +162,8 @@ class Delivery(models.Model):
         SENDING = "sending"
         SENT = "sent"
         FAILED = "failed"
+
+    UNDER_WAY = (State.PENDING, State.SENDING)
 
     id = models.UUIDField(primary_key=True, default=uuid7, editable=False)
     tenant = models.ForeignKey("identity.Tenant", on_delete=models.PROTECT, related_name="+", db_index=False)
@@ -209,6 +225,14 @@ class Delivery(models.Model):
             ),
             models.Index(
                 fields=["channel", "claimed_at"], condition=models.Q(state="sending"), name="delivery_under_way"
+            ),
+            models.Index(
+                fields=["channel", "give_up_at"], condition=models.Q(state="pending"), name="delivery_overdue"
+            ),
+            models.Index(
+                fields=["endpoint", "next_attempt_at"],
+                condition=models.Q(state="pending", endpoint__isnull=False),
+                name="delivery_waiting",
             ),
             models.Index(fields=["endpoint", "-id"], name="delivery_of_endpoint"),
         ]

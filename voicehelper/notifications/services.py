@@ -2,7 +2,8 @@
 
 import json
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -11,8 +12,9 @@ from django.db import transaction
 from django.db.models import Q
 from django.db.models.functions import Coalesce, Now
 from django.utils import timezone
+from google.protobuf.message import Message
 
-from events_outbox import Event, emit_event
+from events_outbox import Event, NewEvent, emit_events
 from monitoring.context import correlation_id
 from voicehelper.identity.models import Tenant, User
 from voicehelper.proto.notification_pb2 import NotificationCreatedPayload, NotificationSentPayload
@@ -24,6 +26,9 @@ from .texts import Texts, line, render
 from .webhooks import ROTATION_OVERLAP, check_url
 
 METADATA = {"source": "notification-service"}
+DELIVERIES_KEPT = timedelta(days=30)
+NOTIFICATIONS_KEPT = timedelta(days=365)
+"""What is older is deleted, and events that are older are not told any more."""
 
 
 class PreferenceRefused(Exception):
@@ -53,7 +58,7 @@ def notify(
     `in_app`: whether the user sees it in the app, or is told by other ways alone. Raises IntegrityError when the user
     was told of the event `event_id` already.
     """
-    notification = Notification.objects.create(
+    notification = Notification(
         tenant_id=recipient.own_tenant_id,
         recipient=recipient,
         kind=kind,
@@ -63,30 +68,35 @@ def notify(
         in_app=in_app,
         event_id=event_id,
     )
-    emit_event(
-        NOTIFICATION_CREATED,
-        NotificationCreatedPayload(
-            notification_id=str(notification.id), recipient_id=str(recipient.id), kind=kind, subject=subject
-        ),
-        aggregate_id=notification.id,
-        tenant_id=notification.tenant_id,
-        metadata=METADATA,
+    _keep([notification])
+    return notification
+
+
+def _keep(notifications: Sequence[Notification]) -> None:
+    """Insert them and emit what there is to say of them, in as many queries for many as for one."""
+    Notification.objects.bulk_create(notifications)
+    emit_events(event for notification in notifications for event in _events_of(notification))
+
+
+def _events_of(notification: Notification) -> Iterator[NewEvent]:
+    about, recipient = str(notification.id), str(notification.recipient_id)
+    created = NotificationCreatedPayload(
+        notification_id=about, recipient_id=recipient, kind=notification.kind, subject=notification.subject
     )
-    if in_app:
-        emit_event(
-            NOTIFICATION_SENT,
-            NotificationSentPayload(
-                notification_id=str(notification.id),
-                recipient_id=str(recipient.id),
-                channel=Channel.IN_APP,
-                kind=kind,
-                attempts=1,
-            ),
+    sent = NotificationSentPayload(
+        notification_id=about, recipient_id=recipient, channel=Channel.IN_APP, kind=notification.kind, attempts=1
+    )
+    payloads: dict[str, Message] = {NOTIFICATION_CREATED: created}
+    if notification.in_app:
+        payloads[NOTIFICATION_SENT] = sent
+    for event_type, payload in payloads.items():
+        yield NewEvent(
+            event_type=event_type,
+            payload=payload,
             aggregate_id=notification.id,
             tenant_id=notification.tenant_id,
             metadata=METADATA,
         )
-    return notification
 
 
 @transaction.atomic
@@ -104,16 +114,20 @@ def mark_read(*, recipient: User, notification_id: UUID) -> Notification:
 def announce(*, event: Event[Any], tenant_id: UUID) -> None:
     """Tell whom an event of one of KINDS concerns: in the app now, by e-mail and webhook through deliveries.
 
-    Users who prefer it so are left out, and so is whoever was told of this event before.
+    Users who prefer it so are left out, and so is whoever was told of this event before. Where nobody can know that any
+    more, as what was told is no longer kept, the event is too old to be told.
     """
     tenant = Tenant.objects.filter(id=tenant_id).first()
-    if tenant is None:
+    age = timezone.now() - event.timestamp
+    if tenant is None or age >= NOTIFICATIONS_KEPT:
         return
     kind = KINDS[event.event_type]
     facts = kind.facts(event, tenant_id)
     texts = render(kind.event_type, {**facts.context, "tenant": line(tenant.name)})
-    _tell_users(event, kind, texts, _recipients(kind, facts, tenant_id))
-    _tell_webhooks(event, tenant_id, facts, texts)
+    goes_out = age < DELIVERIES_KEPT
+    _tell_users(event, kind, texts, _recipients(kind, facts, tenant_id), goes_out=goes_out)
+    if goes_out:
+        _tell_webhooks(event, tenant_id, facts, texts)
 
 
 def _recipients(kind: Kind, facts: Facts, tenant_id: UUID) -> list[User]:
@@ -127,22 +141,24 @@ def _recipients(kind: Kind, facts: Facts, tenant_id: UUID) -> list[User]:
     return list(users.exclude(id=facts.actor).order_by("id") if facts.actor else users.order_by("id"))
 
 
-def _tell_users(event: Event[Any], kind: Kind, texts: Texts, recipients: Sequence[User]) -> None:
+def _tell_users(event: Event[Any], kind: Kind, texts: Texts, recipients: Sequence[User], *, goes_out: bool) -> None:
     told = set(
         Notification.objects.filter(event_id=event.event_id, recipient__in=recipients).values_list(
             "recipient_id", flat=True
         )
     )
     choices = _choices_of(recipients, kind)
+    notifications, mailed = [], []
     for user in recipients:
         if user.id in told:
             continue
         in_app, by_email = (choices.get((user.id, channel), kind.is_default(channel)) for channel in USER_CHANNELS)
         in_app = in_app or kind.is_fixed(Channel.IN_APP)
-        by_email = by_email and bool(user.email) and settings.EMAIL_IS_CONFIGURED
+        by_email = by_email and bool(user.email) and settings.EMAIL_IS_CONFIGURED and goes_out
         if not (in_app or by_email):
             continue
-        notification = notify(
+        notification = Notification(
+            tenant_id=user.own_tenant_id,
             recipient=user,
             kind=kind.event_type,
             aggregate_id=event.aggregate_id,
@@ -151,19 +167,25 @@ def _tell_users(event: Event[Any], kind: Kind, texts: Texts, recipients: Sequenc
             in_app=in_app,
             event_id=event.event_id,
         )
+        notifications.append(notification)
         if by_email:
-            Delivery.objects.create(
-                tenant_id=notification.tenant_id,
-                channel=Channel.EMAIL,
-                kind=kind.event_type,
-                event_id=event.event_id,
-                correlation_id=event.correlation_id,
-                notification=notification,
-                recipient=user,
-                subject=texts.subject,
-                body=texts.email_text,
-                body_html=texts.email_html,
-            )
+            mailed.append(notification)
+    _keep(notifications)
+    Delivery.objects.bulk_create(
+        Delivery(
+            tenant_id=notification.tenant_id,
+            channel=Channel.EMAIL,
+            kind=kind.event_type,
+            event_id=event.event_id,
+            correlation_id=event.correlation_id,
+            notification=notification,
+            recipient_id=notification.recipient_id,
+            subject=texts.subject,
+            body=texts.email_text,
+            body_html=texts.email_html,
+        )
+        for notification in mailed
+    )
 
 
 def _choices_of(users: Sequence[User], kind: Kind) -> dict[tuple[UUID, str], bool]:
@@ -209,6 +231,23 @@ def _tell_webhooks(event: Event[Any], tenant_id: UUID, facts: Facts, texts: Text
 def _webhook_body(kind: str, happened_at: str, data: Mapping[str, Any]) -> str:
     """What is posted: the shape that the Standard Webhooks convention advises."""
     return json.dumps({"type": kind, "timestamp": happened_at, "data": data}, ensure_ascii=False, separators=(",", ":"))
+
+
+@transaction.atomic
+def prune(*, at_once: int = 1000) -> int:
+    """Delete what is kept for long enough: at most so many deliveries and notifications. Return how many it were."""
+    old = Delivery.objects.filter(id__lt=_first_id_after(DELIVERIES_KEPT)).exclude(state__in=Delivery.UNDER_WAY)
+    deliveries = list(old.order_by("id").values_list("id", flat=True)[:at_once])
+    old.filter(id__in=deliveries).delete()  # but what an operator has just had tried again
+    forgotten = Notification.objects.filter(id__lt=_first_id_after(NOTIFICATIONS_KEPT), deliveries__isnull=True)
+    notifications = list(forgotten.order_by("id").values_list("id", flat=True)[:at_once])
+    Notification.objects.filter(id__in=notifications).delete()
+    return len(deliveries) + len(notifications)
+
+
+def _first_id_after(kept: timedelta) -> UUID:
+    """Where ids of that age begin: UUIDs of version 7 begin with the milliseconds since 1970."""
+    return UUID(int=int((timezone.now() - kept).timestamp() * 1000) << 80)
 
 
 # -- preferences
@@ -268,8 +307,10 @@ def change_webhook(*, by: User, endpoint_id: UUID, **changes: Any) -> WebhookEnd
     endpoint = _lock_webhook(by, endpoint_id)
     if "kinds" in changes:
         changes["kinds"] = sorted(set(changes["kinds"]))
-    if changes.get("active") and not endpoint.active:
+    if changes.get("active") and (endpoint.failures or not endpoint.active):
+        # It is said to be well: what waits for it need not wait any longer.
         changes |= {"failures": 0, "resting_until": None}
+        Delivery.objects.waiting_for(endpoint.id).update(next_attempt_at=timezone.now())
     for name, value in changes.items():
         setattr(endpoint, name, value)
     endpoint.save(update_fields=list(changes))
@@ -302,12 +343,12 @@ def rotate_webhook_secret(*, by: User, endpoint_id: UUID) -> WebhookEndpoint:
 
 @transaction.atomic
 def try_webhook(*, by: User, endpoint_id: UUID) -> Delivery:
-    """Have a test sent to a webhook of the user's tenant, as everything is sent to it.
+    """Have a test sent to a webhook of the user's tenant, as everything is sent to it: one that fails rests first.
 
     Raises WebhookEndpoint.DoesNotExist when the tenant has no such webhook.
     """
     endpoint = _lock_webhook(by, endpoint_id)
-    test_id = uuid4()
+    test_id, now = uuid4(), timezone.now()
     subject = "This is a test."
     data = {"event_id": str(test_id), "tenant_id": str(endpoint.tenant_id), "subject": subject, "text": subject}
     return Delivery.objects.create(
@@ -318,7 +359,8 @@ def try_webhook(*, by: User, endpoint_id: UUID) -> Delivery:
         correlation_id=correlation_id.get(),
         endpoint=endpoint,
         subject=subject,
-        body=_webhook_body(TEST, timezone.now().isoformat(), data),
+        body=_webhook_body(TEST, now.isoformat(), data),
+        next_attempt_at=max(now, endpoint.resting_until or now),
     )
 
 

@@ -11,12 +11,14 @@ from django.shortcuts import get_object_or_404
 from drf_spectacular.utils import extend_schema
 from rest_framework import generics, status
 from rest_framework.exceptions import APIException, ValidationError
+from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from voicehelper.idempotency.once import once
 from voicehelper.identity.models import User
-from voicehelper.identity.permissions import IsTenantMember, member_of
+from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
 
 from .kinds import KINDS, USER_CHANNELS
 from .models import Delivery, Notification, NotificationPreference, WebhookEndpoint
@@ -47,13 +49,16 @@ class Conflict(APIException):
     status_code = status.HTTP_409_CONFLICT
 
 
-class IsTenantAdmin(IsTenantMember):
-    """Lets in an admin of a tenant."""
+class IsTenantAdmin(BasePermission):
+    """Lets in an admin of a tenant; comes after IsTenantMember."""
 
     message = "This is for the admins of your tenant."
 
     def has_permission(self, request: Request, view: Any) -> bool:
-        return super().has_permission(request, view) and member_of(request).role == User.Role.ADMIN
+        return member_of(request).role == User.Role.ADMIN
+
+
+FOR_ADMINS = (IsTenantMember, HasScope, IsTenantAdmin)
 
 
 class NotificationsView(generics.ListAPIView[Notification]):
@@ -131,7 +136,7 @@ def refusals() -> Iterator[None]:
 class OfTenantAdmins(generics.GenericAPIView[WebhookEndpoint]):
     """A view of the tenant's webhooks."""
 
-    permission_classes = (IsTenantAdmin,)
+    permission_classes = FOR_ADMINS
     serializer_class = WebhookSerializer
 
     def get_queryset(self) -> QuerySet[WebhookEndpoint]:
@@ -147,7 +152,7 @@ class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
         new.is_valid(raise_exception=True)
         with refusals():
             endpoint = create_webhook(by=member_of(request), **new.validated_data)
-        return Response(WebhookWithSecretSerializer(endpoint).data, status=status.HTTP_201_CREATED)
+        return _with_secret(endpoint, status.HTTP_201_CREATED)
 
 
 class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
@@ -171,6 +176,7 @@ class WebhookTestView(OfTenantAdmins):
     """POST to have a test sent to a webhook; its deliveries show what became of it."""
 
     @extend_schema(request=None, responses={202: WebhookDeliverySerializer})
+    @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             delivery = try_webhook(by=member_of(request), endpoint_id=pk)
@@ -184,13 +190,18 @@ class WebhookSecretView(OfTenantAdmins):
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             endpoint = rotate_webhook_secret(by=member_of(request), endpoint_id=pk)
-        return Response(WebhookWithSecretSerializer(endpoint).data)
+        return _with_secret(endpoint, status.HTTP_200_OK)
+
+
+def _with_secret(endpoint: WebhookEndpoint, code: int) -> Response:
+    """The answer holds the secret: nobody on the way is to keep it."""
+    return Response(WebhookWithSecretSerializer(endpoint).data, status=code, headers={"Cache-Control": "no-store"})
 
 
 class WebhookDeliveriesView(generics.ListAPIView[Delivery]):
     """GET what was, or is to be, sent to a webhook, newest first."""
 
-    permission_classes = (IsTenantAdmin,)
+    permission_classes = FOR_ADMINS
     serializer_class = WebhookDeliverySerializer
 
     def get_queryset(self) -> QuerySet[Delivery]:

@@ -98,7 +98,8 @@ def _check_address(address: Address) -> None:
     if settings.IS_DEV:
         return
     for one in [*_embedded(address)] or [address]:
-        if not one.is_global or one.is_multicast or one.is_reserved or one.is_unspecified:
+        is_site_local = isinstance(one, ipaddress.IPv6Address) and one.is_site_local  # to Python that is global
+        if not one.is_global or one.is_multicast or one.is_reserved or one.is_unspecified or is_site_local:
             raise AddressRefused("The host is not at a public address.")
 
 
@@ -219,7 +220,10 @@ class _Connection(http.client.HTTPConnection):
     def connect(self) -> None:
         for at, address in enumerate(self.addresses, start=1):
             try:
-                self.sock = socket.create_connection((address, self.port), self._seconds_left())
+                # Of what is left each gets its share: one that is dead is not to take the time of those that live.
+                share = self._seconds_left() / (len(self.addresses) + 1 - at)
+                self.sock = socket.create_connection((address, self.port), share)
+                self.sock.settimeout(self._seconds_left())
                 return
             except OSError:
                 if at == len(self.addresses):

@@ -35,7 +35,7 @@ _make_sure_of("document.failed", DocumentFailedPayload)
 _make_sure_of("analytics.budget.exceeded", BudgetExceededPayload)
 
 
-def happened(event_type, payload, *, tenant, user=None, aggregate_id=None):
+def happened(event_type, payload, *, tenant, user=None, aggregate_id=None, timestamp=None):
     """Emit an event as its domain would, have it handled, and return its row."""
     with transaction.atomic():
         row = emit_event(
@@ -44,6 +44,7 @@ def happened(event_type, payload, *, tenant, user=None, aggregate_id=None):
             aggregate_id=aggregate_id or uuid.uuid4(),
             tenant_id=tenant.id,
             user_id=user.id if user else "",
+            timestamp=timestamp,
         )
     consume("notification")
     return row
@@ -59,9 +60,9 @@ def conversation_failed(opener, *, title="Roadmap", by=None, reason="provider_ti
     )
 
 
-def document_failed(uploader, *, title="Plan", error="It is no PDF."):
+def document_failed(uploader, *, title="Plan", error="It is no PDF.", timestamp=None):
     payload = DocumentFailedPayload(document_id="d-1", title=title, error=error)
-    return happened("document.failed", payload, tenant=uploader.tenant, user=uploader)
+    return happened("document.failed", payload, tenant=uploader.tenant, user=uploader, timestamp=timestamp)
 
 
 def document_indexed(uploader):

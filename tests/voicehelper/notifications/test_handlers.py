@@ -1,11 +1,14 @@
 import uuid
+from datetime import timedelta
 
 import pytest
-from django.db import transaction
+from django.db import connection, transaction
+from django.test.utils import CaptureQueriesContext
+from django.utils import timezone
 
 from events_outbox import emit_event
 from events_outbox.models import DeadLetter
-from tests.voicehelper.conftest import consume
+from tests.voicehelper.conftest import PASSWORD, consume
 from tests.voicehelper.notifications.conftest import (
     budget_exceeded,
     conversation_failed,
@@ -15,6 +18,7 @@ from tests.voicehelper.notifications.conftest import (
 )
 from voicehelper.conversations.services import create_conversation
 from voicehelper.identity.models import User
+from voicehelper.identity.services import register_user
 from voicehelper.notifications.event_handlers import notification as consumer
 from voicehelper.notifications.kinds import KINDS
 from voicehelper.notifications.models import Delivery, Notification
@@ -167,6 +171,30 @@ def test_an_event_that_is_handled_again_tells_nothing_again(alice, bob, webhook,
     assert Notification.objects.count() == len(emitted("notification.created")) == 2
     assert Delivery.objects.filter(channel="email").count() == 2
     assert Delivery.objects.filter(channel="webhook").count() == 1
+
+
+@pytest.mark.parametrize(("days", "in_app", "goes_out"), [(29, True, True), (31, True, False), (366, False, False)])
+def test_what_is_older_than_what_is_kept_is_not_told_again(bob, webhook, days, in_app, goes_out):
+    document_failed(bob, timestamp=timezone.now() - timedelta(days=days))
+    assert Notification.objects.filter(recipient=bob).exists() == in_app
+    assert set(Delivery.objects.values_list("channel", flat=True)) == ({"email", "webhook"} if goes_out else set())
+
+
+def test_to_tell_many_takes_as_many_queries_as_to_tell_one(bob, tenant, webhook, emitted):
+    def queries_with(*names):
+        for name in names:
+            user = register_user(tenant=tenant, username=name, password=PASSWORD, role=User.Role.ADMIN)
+            User.objects.filter(id=user.id).update(email=f"{name}@example.com")
+        document_failed(bob)
+        event = emitted("document.failed")[-1]
+        Delivery.objects.all().delete()
+        Notification.objects.all().delete()
+        with CaptureQueriesContext(connection) as queries:
+            announce(event=event, tenant_id=tenant.id)
+        assert Delivery.objects.filter(channel="email").count() == User.objects.filter(tenant=tenant).count()
+        return len(queries)
+
+    assert queries_with() == queries_with("one", "two", "three")
 
 
 def test_who_comes_later_is_told_when_an_event_is_handled_again(alice, bob, dora, emitted):

@@ -106,6 +106,14 @@ def test_a_server_that_is_away_is_waited_for(waiting, mail_server):
     assert state() == ("pending", 1)
 
 
+@pytest.mark.parametrize("setting", [{"EMAIL_HOST": "mail..example.com"}, {"EMAIL_HOST": "x" * 64 + ".example.com"}])
+def test_nothing_is_lost_while_a_setting_is_wrong(waiting, mail_server, settings, setting):
+    for name, value in setting.items():
+        setattr(settings, name, value)
+    deliver()
+    assert state() == ("pending", 1)
+
+
 def test_no_header_is_injected_into_a_mail(bob, mail_server):
     document_failed(bob, title="Plan\r\nBcc: eve@example.com\r\nX-Evil: yes\r\n\r\n<b>body</b>")
     deliver()

@@ -142,6 +142,27 @@ def test_a_test_is_sent_and_its_outcome_shown(api, alice, webhook, receiver):
     assert shown["last_error"] == "HTTP 500"
 
 
+def test_a_test_of_one_that_fails_waits_until_it_is_said_to_be_well(api, alice, webhook, receiver):
+    url = f"{WEBHOOKS}/{webhook.id}"
+    receiver.status = 500
+    for _ in range(3):
+        api(alice).post(f"{url}/test")
+    assert deliver() == 1
+    api(alice).post(f"{url}/test")  # or a tenant could keep the workers busy with receivers that hang
+    assert deliver() == 0
+    receiver.status = 200
+    assert api(alice).patch(url, {"active": True}, format="json").json()["failures"] == 0
+    assert deliver() == 4
+    assert not Delivery.objects.exclude(state="sent").exists()
+
+
+def test_a_test_with_an_idempotency_key_is_sent_once(api, alice, webhook):
+    client = api(alice)
+    first, second = (client.post(f"{WEBHOOKS}/{webhook.id}/test", headers={"Idempotency-Key": "k"}) for _ in range(2))
+    assert first.status_code == second.status_code == 202 and first.json() == second.json()
+    assert Delivery.objects.count() == 1
+
+
 def test_a_rotated_secret_and_for_a_day_the_old_one(api, alice, receiver):
     created = api(alice).post(WEBHOOKS, {"url": receiver.url}, format="json").json()
     url = f"{WEBHOOKS}/{created['id']}"
@@ -192,6 +213,20 @@ def test_what_may_be_done_can_be_asked(api, alice, charlie, webhook, url):
     assert api(alice).options(address).status_code == 200
     if "{id}" in url:
         assert webhook.url not in api(charlie).options(address).content.decode()
+
+
+@pytest.mark.parametrize(("method", "path"), [("get", None), ("post", None), *ENDPOINTS])
+@pytest.mark.parametrize("scope", ["read", "write", "admin"])
+def test_a_token_does_what_its_scope_is_for(api, alice, webhook, method, path, scope):
+    url = WEBHOOKS if path is None else f"{WEBHOOKS}/{webhook.id}{path}"
+    answer = getattr(api(alice, scope), method)(url, {}, format="json" if method != "get" else None)
+    assert (answer.status_code != 403) == (scope == ("read" if method == "get" else "write"))
+
+
+def test_nobody_on_the_way_is_to_keep_a_secret(api, alice):
+    created = api(alice).post(WEBHOOKS, {"url": "https://example.com/"}, format="json")
+    rotated = api(alice).post(f"{WEBHOOKS}/{created.json()['id']}/rotate-secret")
+    assert created["Cache-Control"] == rotated["Cache-Control"] == "no-store"
 
 
 @pytest.mark.parametrize(("method", "path"), [("get", None), ("post", None), *ENDPOINTS])

@@ -1,5 +1,6 @@
 """Where webhooks may lead, how they are signed, and what one attempt comes to."""
 
+import contextlib
 import socket
 import ssl
 import subprocess
@@ -8,6 +9,7 @@ import time
 import uuid
 
 import pytest
+from django.conf import settings
 
 from tests.voicehelper.notifications.servers import Receiver, is_signed
 from voicehelper.notifications import webhooks
@@ -86,6 +88,7 @@ NOT_PUBLIC = [
     "[fe80::1]",
     "[fc00::1]",
     "[fd12:3456::1]",
+    "[fec0::1]",
     "[ff02::1]",
     "[2001:db8::1]",
     "[::ffff:127.0.0.1]",
@@ -197,6 +200,24 @@ def test_what_is_posted_is_signed_and_told_apart(receiver):
     assert not is_signed(secret_of(WebhookEndpoint(salt="b" * 64)), headers, body)
 
 
+def test_the_receiver_of_the_documentation_tells_what_is_ours(receiver):
+    text = (settings.BASE_DIR / "docs/notifications.md").read_text()
+    namespace = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], namespace)  # noqa: S102  (our own)
+    is_ours, endpoint = namespace["is_ours"], endpoint_to(receiver.url)
+    post(endpoint, delivery())
+    [(headers, body)] = receiver.requests
+    secret = secret_of(endpoint)
+    assert is_ours(secret, headers, body)
+    assert not is_ours(secret, headers, body + b" ")
+    assert not is_ours(secret_of(WebhookEndpoint(salt="b" * 64)), headers, body)
+    old = {**dict(headers), "webhook-timestamp": str(int(time.time()) - 400)}
+    old["webhook-signature"] = sign(
+        secret, message_id=old["webhook-id"], timestamp=int(old["webhook-timestamp"]), body=body
+    )
+    assert not is_ours(secret, old, body)
+
+
 def test_a_secret_depends_on_the_salt_and_on_the_servers_key(settings):
     one = secret_of(WebhookEndpoint(salt="a" * 64))
     assert len(one) == len("whsec_") + 44 and one.startswith("whsec_")
@@ -277,6 +298,20 @@ def test_one_that_is_not_there_may_be_there_later():
         taken.bind(("127.0.0.1", 0))
         outcome = post(endpoint_to(f"http://127.0.0.1:{taken.getsockname()[1]}/"), delivery())
     assert outcome.error.startswith("No answer: ConnectionRefusedError") and outcome.may_try_again
+
+
+def test_an_address_that_is_dead_leaves_time_for_the_next(receiver, monkeypatch):
+    monkeypatch.setattr(webhooks, "ANSWER_SECONDS", 2.0)
+    monkeypatch.setattr(webhooks, "resolve", lambda host, port: ["127.0.0.2", "127.0.0.1"])
+    with socket.socket() as deaf, contextlib.ExitStack() as callers:
+        deaf.bind(("127.0.0.2", receiver.port))
+        deaf.listen(0)
+        for _ in range(3):  # more than it lets wait: further ones get no answer at all
+            caller = callers.enter_context(socket.socket())
+            caller.setblocking(False)
+            caller.connect_ex(("127.0.0.2", receiver.port))
+        assert post(endpoint_to(f"http://name.example:{receiver.port}/"), delivery()) == Outcome()
+    assert len(receiver.requests) == 1
 
 
 def test_one_that_does_not_speak_http():

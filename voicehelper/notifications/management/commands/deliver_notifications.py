@@ -1,6 +1,7 @@
 from functools import partial
 from typing import Any
 
+from django.conf import settings
 from django.core.management.base import BaseCommand, CommandParser
 
 from events_outbox.heartbeats import Heartbeats, Kind, Vitals
@@ -9,8 +10,8 @@ from monitoring.worker import Worker
 from voicehelper.notifications.deliveries import DeliveryLoop, worker_name
 from voicehelper.notifications.models import Channel
 
-STALE_SECONDS = 120.0
-"""One e-mail may take its while: each step of it has a timeout of its own."""
+STEPS_OF_A_MAIL = 12
+"""For each of them the mail server is waited for, EMAIL_TIMEOUT_SECONDS at most; meanwhile the loop does not tick."""
 
 
 class Command(BaseCommand):
@@ -24,14 +25,14 @@ class Command(BaseCommand):
 
     def handle(self, **options: Any) -> None:
         channels = [options["channel"]] if options["channel"] else [Channel.EMAIL.value, Channel.WEBHOOK.value]
-        port = options["metrics_port"]
-        with Worker("delivery", port, loops=channels, stale_after_seconds=STALE_SECONDS) as worker:
+        port, stale_seconds = options["metrics_port"], max(120.0, STEPS_OF_A_MAIL * settings.EMAIL_TIMEOUT)
+        with Worker("delivery", port, loops=channels, stale_after_seconds=stale_seconds) as worker:
             loops = {
                 channel: DeliveryLoop(
                     channel,
                     partial(worker.tick, channel),
                     until_idle=options["until_idle"],
-                    vitals=Vitals(Kind.OTHER, worker_name(channel), port, stale_after_seconds=STALE_SECONDS),
+                    vitals=Vitals(Kind.OTHER, worker_name(channel), port, stale_after_seconds=stale_seconds),
                 )
                 for channel in channels
             }
