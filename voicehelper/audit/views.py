@@ -10,7 +10,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 
 from voicehelper.identity.models import User
-from voicehelper.identity.permissions import IsTenantMember, member_of
+from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
 from voicehelper.pagination import ByPosition
 
 from .models import AuditEntry
@@ -37,7 +37,7 @@ class AuditView(generics.ListAPIView[AuditEntry]):
 
     serializer_class = AuditEntrySerializer
     pagination_class = LastFirst
-    permission_classes = (IsTenantMember, IsTenantAdmin)
+    permission_classes = (IsTenantMember, HasScope, IsTenantAdmin)
     queryset = AuditEntry.objects.none()  # for the schema
 
     @extend_schema(parameters=[AuditQuery])

@@ -16,7 +16,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from voicehelper.identity.models import User
-from voicehelper.identity.permissions import IsTenantMember, member_of
+from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
 
 from .kinds import KINDS, USER_CHANNELS
 from .models import Delivery, Notification, NotificationPreference, WebhookEndpoint
@@ -131,7 +131,7 @@ def refusals() -> Iterator[None]:
 class OfTenantAdmins(generics.GenericAPIView[WebhookEndpoint]):
     """A view of the tenant's webhooks."""
 
-    permission_classes = (IsTenantAdmin,)
+    permission_classes = (IsTenantAdmin, HasScope)
     serializer_class = WebhookSerializer
 
     def get_queryset(self) -> QuerySet[WebhookEndpoint]:
@@ -190,7 +190,7 @@ class WebhookSecretView(OfTenantAdmins):
 class WebhookDeliveriesView(generics.ListAPIView[Delivery]):
     """GET what was, or is to be, sent to a webhook, newest first."""
 
-    permission_classes = (IsTenantAdmin,)
+    permission_classes = (IsTenantAdmin, HasScope)
     serializer_class = WebhookDeliverySerializer
 
     def get_queryset(self) -> QuerySet[Delivery]:
