@@ -1,0 +1,42 @@
+"""Every endpoint of the API, read from the URL configuration, so that a test cannot miss a new one."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+from uuid import UUID
+
+from django.urls import URLPattern, URLResolver, get_resolver
+
+PREFIX = "api/v1/"
+PK = "<uuid:pk>"
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+UNSAFE = ("POST", "PUT", "PATCH", "DELETE")
+OPEN = ("auth/token", "schema/", "docs/")
+"""What needs no token: to get one, and the description of the API, which is about no tenant."""
+
+
+class Endpoint(NamedTuple):
+    route: str
+    """Below /api/v1/, such as `users/<uuid:pk>`."""
+    view: type
+
+    @property
+    def methods(self) -> set[str]:
+        named = {method for method in METHODS if hasattr(self.view, method.lower())}
+        return named | ({"HEAD"} if "GET" in named else set())
+
+    def url(self, pk: UUID | str = "") -> str:
+        return f"/{PREFIX}{self.route.replace(PK, str(pk))}"
+
+
+def _walk(patterns, before: str = "") -> Iterator[Endpoint]:
+    for pattern in patterns:
+        route = before + str(pattern.pattern)
+        if isinstance(pattern, URLResolver):
+            yield from _walk(pattern.url_patterns, route)
+        elif isinstance(pattern, URLPattern) and route.startswith(PREFIX):
+            yield Endpoint(route.removeprefix(PREFIX), pattern.callback.view_class)
+
+
+def endpoints() -> list[Endpoint]:
+    """All but the open ones."""
+    return [one for one in _walk(get_resolver().url_patterns) if not one.route.startswith(OPEN)]
