@@ -20,6 +20,8 @@ from rest_framework.response import Response
 from rest_framework.serializers import UUIDField
 from rest_framework.views import APIView
 
+from voicehelper.caching import need_match, no_store
+
 from .models import ApiToken, IssuedToken, Scope, Tenant, User
 from .permissions import AdminsChange, HasScope, IsTenantMember, member_of
 from .serializers import (
@@ -39,6 +41,7 @@ from .services import (
     change_role,
     create_token,
     deactivate_user,
+    lock_user,
     log_in,
     register_user,
     revoke_token,
@@ -75,7 +78,7 @@ class TokenView(APIView):
         with refusals():
             issued = log_in(user=credentials.validated_data["user"])
         answer = LoginAnswer({"token": issued.text, "expires_at": issued.token.expires_at})
-        return _once(Response(answer.data))
+        return no_store(Response(answer.data))
 
 
 class MeView(APIView):
@@ -121,7 +124,7 @@ class UsersView(generics.ListAPIView[User]):
 class UserView(generics.RetrieveAPIView[User]):
     """GET a user of the tenant; PATCH the role, or deactivate the user (admins; scope `admin`).
 
-    409 where the tenant would be left without an admin, and to activate one that is deactivated.
+    409 where the tenant would be left without an admin, and to activate one that is deactivated; 412: see If-Match.
     """
 
     serializer_class = UserSerializer
@@ -142,6 +145,7 @@ class UserView(generics.RetrieveAPIView[User]):
         if is_active and not user.is_active:
             raise NotNow("A deactivated user stays so.")
         with refusals(), transaction.atomic():
+            need_match(self, lambda: UserSerializer(lock_user(user=user)).data)
             if role is not None:
                 user = change_role(user=user, role=role, by=by)
             if is_active is False:
@@ -227,10 +231,4 @@ def _tenant_of(user: User) -> Tenant:
 
 def _shown(issued: IssuedToken) -> Response:
     body = {**TokenSerializer(issued.token).data, "token": issued.text}
-    return _once(Response(body, status=status.HTTP_201_CREATED))
-
-
-def _once(response: Response) -> Response:
-    """The answer holds a token: nobody on the way is to keep it."""
-    response["Cache-Control"] = "no-store"
-    return response
+    return no_store(Response(body, status=status.HTTP_201_CREATED))

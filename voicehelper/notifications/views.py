@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
+from django.db import transaction
 from django.db.models import QuerySet
 from django.http import Http404
 from django.shortcuts import get_object_or_404
@@ -15,6 +16,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from voicehelper.caching import need_match, no_store
 from voicehelper.identity.models import User
 from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
 
@@ -35,6 +37,8 @@ from .services import (
     change_webhook,
     create_webhook,
     delete_webhook,
+    lock_preferences,
+    lock_webhook,
     mark_read,
     rotate_webhook_secret,
     set_preferences,
@@ -91,8 +95,16 @@ class NotificationPreferencesView(APIView):
             (preference["kind"], preference["channel"], preference["enabled"])
             for preference in new.validated_data["preferences"]
         ]
+        user = member_of(request)
+
+        def current() -> dict[str, Any]:
+            lock_preferences(user=user)
+            return {"preferences": _preferences_of(user)}
+
         try:
-            set_preferences(user=member_of(request), preferences=chosen)
+            with transaction.atomic():
+                need_match(self, current)
+                set_preferences(user=user, preferences=chosen)
         except PreferenceRefused as error:
             raise ValidationError({"preferences": [str(error)]}) from error
         return self.get(request)
@@ -147,7 +159,7 @@ class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
         new.is_valid(raise_exception=True)
         with refusals():
             endpoint = create_webhook(by=member_of(request), **new.validated_data)
-        return Response(WebhookWithSecretSerializer(endpoint).data, status=status.HTTP_201_CREATED)
+        return no_store(Response(WebhookWithSecretSerializer(endpoint).data, status=status.HTTP_201_CREATED))
 
 
 class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
@@ -157,8 +169,10 @@ class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
     def patch(self, request: Request, pk: UUID) -> Response:
         changed = ChangedWebhook(data=request.data)
         changed.is_valid(raise_exception=True)
-        with refusals():
-            endpoint = change_webhook(by=member_of(request), endpoint_id=pk, **changed.validated_data)
+        by = member_of(request)
+        with refusals(), transaction.atomic():
+            need_match(self, lambda: WebhookSerializer(lock_webhook(by=by, endpoint_id=pk)).data)
+            endpoint = change_webhook(by=by, endpoint_id=pk, **changed.validated_data)
         return Response(WebhookSerializer(endpoint).data)
 
     def delete(self, request: Request, pk: UUID) -> Response:
@@ -184,7 +198,7 @@ class WebhookSecretView(OfTenantAdmins):
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             endpoint = rotate_webhook_secret(by=member_of(request), endpoint_id=pk)
-        return Response(WebhookWithSecretSerializer(endpoint).data)
+        return no_store(Response(WebhookWithSecretSerializer(endpoint).data))
 
 
 class WebhookDeliveriesView(generics.ListAPIView[Delivery]):
