@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 from django.db.models import QuerySet
@@ -154,6 +155,11 @@ class RepliesView(APIView):
     """
 
     renderer_classes = [EventStreamRenderer, JSONRenderer]
+
+    def options(self, request: Request, *args: Any, **kwargs: Any) -> Response:
+        answer = super().options(request, *args, **kwargs)
+        answer.content_type = JSONRenderer.media_type  # whatever is accepted: it is no stream
+        return answer
 
     def post(self, request: Request, pk: UUID) -> HttpResponseBase:
         user = member_of(request)
