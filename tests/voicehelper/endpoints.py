@@ -1,9 +1,11 @@
-"""Every endpoint of the API, read from the URL configuration, so that a test cannot miss a new one."""
+"""Every endpoint of the API, read from the URL configuration, so that a test misses none; and what they changed."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
 from uuid import UUID
 
+from django.apps import apps
+from django.db import connection
 from django.urls import URLPattern, URLResolver, get_resolver
 
 PREFIX = "api/v1/"
@@ -40,3 +42,23 @@ def _walk(patterns, before: str = "") -> Iterator[Endpoint]:
 def endpoints() -> list[Endpoint]:
     """All but the open ones."""
     return [one for one in _walk(get_resolver().url_patterns) if not one.route.startswith(OPEN)]
+
+
+def rows() -> dict[str, set[str]]:
+    """All there is in the database, by table, each row as text."""
+    found = {}
+    with connection.cursor() as cursor:
+        for model in apps.get_models():
+            if model._meta.managed:
+                table = connection.ops.quote_name(model._meta.db_table)
+                cursor.execute(f"SELECT t::text FROM {table} t")
+                found[model._meta.label] = {text for (text,) in cursor.fetchall()}
+    return found
+
+
+def new_rows(before: dict[str, set[str]]) -> list[str]:
+    """What has come since; nothing that was there may have changed or gone."""
+    after = rows()
+    for label, texts in before.items():
+        assert texts <= after[label], f"{label} has changed: {texts - after[label]}"
+    return [text for label, texts in after.items() for text in texts - before[label]]

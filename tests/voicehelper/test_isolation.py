@@ -12,13 +12,11 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from django.apps import apps
-from django.db import connection
 from django.utils import timezone
 from rest_framework.test import APIClient
 
 from tests.voicehelper.conftest import PASSWORD, consume
-from tests.voicehelper.endpoints import METHODS, PK, UNSAFE, Endpoint, endpoints
+from tests.voicehelper.endpoints import METHODS, PK, UNSAFE, Endpoint, endpoints, new_rows, rows
 from tests.voicehelper.knowledge.conftest import change, milvus, milvus_server  # noqa: F401
 from voicehelper.analytics.models import DailyTotal
 from voicehelper.assistant.conf import AssistantSettings
@@ -141,26 +139,6 @@ def others(api, charlie, dora) -> dict[str, APIClient]:
         for user in (charlie, dora)
         for scopes in (tuple(Scope.values), *((scope,) for scope in Scope.values))
     }
-
-
-def rows() -> dict[str, set[str]]:
-    """All there is in the database, by table, each row as text."""
-    found = {}
-    with connection.cursor() as cursor:
-        for model in apps.get_models():
-            if model._meta.managed:
-                table = connection.ops.quote_name(model._meta.db_table)
-                cursor.execute(f"SELECT t::text FROM {table} t")
-                found[model._meta.label] = {text for (text,) in cursor.fetchall()}
-    return found
-
-
-def new_rows(before: dict[str, set[str]]) -> list[str]:
-    """What has come since; nothing that was there may have changed or gone."""
-    after = rows()
-    for label, texts in before.items():
-        assert texts <= after[label], f"{label} has changed: {texts - after[label]}"
-    return [text for label, texts in after.items() for text in texts - before[label]]
 
 
 def traces(demo: SimpleNamespace, text: str) -> list[str]:

@@ -1,5 +1,7 @@
 """`@once`: a POST with an Idempotency-Key happens once, and is answered the same each time.
 
+`@refuses_key` is for the others, so that nobody takes for safe to repeat what is not.
+
 The convention is that of the IETF's draft "The Idempotency-Key HTTP Header Field": the same key with another request
 is refused with 422, the same one while the first is under way with 409, a key that is none with 400. Keys are those of
 one user, and are kept for KEPT_HOURS.
@@ -13,7 +15,10 @@ from functools import wraps
 from http import HTTPStatus
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from django.core.files.uploadedfile import UploadedFile
 from django.db import OperationalError, connection, transaction
+from django.http.response import HttpResponseBase
+from django.utils.crypto import salted_hmac
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -34,6 +39,7 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 View = TypeVar("View", bound=APIView)
 More = ParamSpec("More")
+Answer = TypeVar("Answer", bound=HttpResponseBase)
 Post = Callable[Concatenate[View, Request, More], Response]
 
 
@@ -81,6 +87,21 @@ def once(post: Post[View, More]) -> Post[View, More]:
     return cast(Post[View, More], heeding)
 
 
+def refuses_key(post: Callable[Concatenate[View, Request, More], Answer]) -> Callable[..., Answer]:
+    """Have a view's `post()` refuse the header Idempotency-Key with 400.
+
+    For answers that hold a secret, which is not kept anywhere, and for those that are streams.
+    """
+
+    @wraps(post)
+    def refusing(view: View, request: Request, *args: More.args, **kwargs: More.kwargs) -> Answer:
+        if "Idempotency-Key" in request.headers:
+            raise ValidationError({"Idempotency-Key": ["This endpoint does not take it: nothing was done."]})
+        return post(view, request, *args, **kwargs)
+
+    return refusing
+
+
 # Waits for another transaction that writes the same key: when that one is rolled back the row is ours.
 _CLAIM_SQL = """
     INSERT INTO idempotency_keptanswer (user_id, key, fingerprint, status)
@@ -117,8 +138,25 @@ def _prune() -> None:
         cursor.execute(_PRUNE_SQL, [KEPT_HOURS, PRUNED_AT_ONCE])
 
 
+class _Encoder(JSONEncoder):
+    """JSON of a request's data. A file is what it says of itself and a hash of its bytes, which can be read again."""
+
+    def default(self, obj: Any) -> Any:
+        if not isinstance(obj, UploadedFile):
+            return super().default(obj)
+        content = hashlib.sha256()
+        for chunk in obj.chunks():
+            content.update(chunk)
+        obj.seek(0)
+        return [obj.name, obj.content_type, content.hexdigest()]
+
+
 def _fingerprint(request: Request) -> bytes:
-    """Of what the request asks for: the order of a JSON object's members does not matter."""
-    body = json.dumps(request.data, sort_keys=True, cls=JSONEncoder)
-    text = "\n".join((str(request.method), request.path, body))
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
+    """Of what is asked for, in which tenant: the order of a JSON object's members does not matter.
+
+    With the server's key: it is kept, and a plain hash of a body with a password would help to guess it.
+    """
+    body = json.dumps(request.data, sort_keys=True, cls=_Encoder)
+    text = "\n".join((str(member_of(request).own_tenant_id), str(request.method), request.path, body))
+    value = text.encode("utf-8", "backslashreplace")
+    return salted_hmac("voicehelper.idempotency", value, algorithm="sha256").digest()

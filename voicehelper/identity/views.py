@@ -21,6 +21,7 @@ from rest_framework.serializers import UUIDField
 from rest_framework.views import APIView
 
 from voicehelper.caching import need_match, no_store
+from voicehelper.idempotency.once import once, refuses_key
 
 from .models import ApiToken, IssuedToken, Scope, Tenant, User
 from .permissions import AdminsChange, HasScope, IsTenantMember, member_of
@@ -72,6 +73,7 @@ class TokenView(APIView):
     throttle_classes = (LoginThrottle,)
 
     @extend_schema(request=AuthTokenSerializer, responses=LoginAnswer)
+    @refuses_key
     def post(self, request: Request) -> Response:
         credentials = AuthTokenSerializer(data=request.data, context={"request": request})
         credentials.is_valid(raise_exception=True)
@@ -108,6 +110,7 @@ class UsersView(generics.ListAPIView[User]):
         return User.objects.filter(tenant_id=member_of(self.request).own_tenant_id)
 
     @extend_schema(request=NewUser, responses={201: UserSerializer})
+    @once
     def post(self, request: Request) -> Response:
         by = member_of(request)
         new = NewUser(data=request.data)
@@ -179,6 +182,7 @@ class TokensView(generics.ListAPIView[ApiToken]):
         return super().get(request, *args, **kwargs)
 
     @extend_schema(request=NewToken, responses={201: IssuedTokenSerializer})
+    @refuses_key
     def post(self, request: Request) -> Response:
         user = member_of(request)
         new = NewToken(data=request.data)
@@ -197,6 +201,7 @@ class RotateTokenView(APIView):
     scopes = {"POST": Scope.ADMIN}
 
     @extend_schema(request=Rotation, responses={201: IssuedTokenSerializer})
+    @refuses_key
     def post(self, request: Request, pk: UUID) -> Response:
         user = member_of(request)
         # Nobody else's: who is shown a new token can act as its user.

@@ -16,6 +16,7 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
+from voicehelper.idempotency.once import once
 from voicehelper.identity.permissions import member_of
 from voicehelper.problems import BodyTooLarge
 
@@ -55,6 +56,7 @@ class DocumentsView(generics.ListAPIView[Document]):
         super().initial(request, *args, **kwargs)
 
     @extend_schema(request=NewDocument, responses={201: DocumentSerializer})
+    @once
     def post(self, request: Request) -> Response:
         new = NewDocument(data=request.data)
         new.is_valid(raise_exception=True)

@@ -17,6 +17,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from voicehelper.caching import need_match, no_store
+from voicehelper.idempotency.once import once, refuses_key
 from voicehelper.identity.models import User
 from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
 
@@ -72,6 +73,7 @@ class NotificationsView(generics.ListAPIView[Notification]):
 class NotificationReadView(APIView):
     """POST to mark one's notification as read."""
 
+    @once
     def post(self, request: Request, pk: UUID) -> Response:
         try:
             notification = mark_read(recipient=member_of(request), notification_id=pk)
@@ -154,6 +156,7 @@ class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
     """GET the tenant's webhooks, newest first; POST a new one: the answer has its secret, this once."""
 
     @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer})
+    @refuses_key
     def post(self, request: Request) -> Response:
         new = NewWebhook(data=request.data)
         new.is_valid(raise_exception=True)
@@ -185,6 +188,7 @@ class WebhookTestView(OfTenantAdmins):
     """POST to have a test sent to a webhook; its deliveries show what became of it."""
 
     @extend_schema(request=None, responses={202: WebhookDeliverySerializer})
+    @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             delivery = try_webhook(by=member_of(request), endpoint_id=pk)
@@ -195,6 +199,7 @@ class WebhookSecretView(OfTenantAdmins):
     """POST to have a new secret: the answer has it, this once. The old one's signature is sent along for a day."""
 
     @extend_schema(request=None, responses=WebhookWithSecretSerializer)
+    @refuses_key
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             endpoint = rotate_webhook_secret(by=member_of(request), endpoint_id=pk)
