@@ -127,7 +127,15 @@ def test_the_monitoring_guide_has_every_setting():
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "docs/handlers.md", "docs/monitoring.md", "docs/runbook.md", "docs/benchmarks.md", "docs/console.md"],
+    [
+        "README.md",
+        "docs/handlers.md",
+        "docs/monitoring.md",
+        "docs/runbook.md",
+        "docs/benchmarks.md",
+        "docs/console.md",
+        "docs/api.md",
+    ],
 )
 def test_links_lead_somewhere(document):
     root = GUIDE.parent.parent

@@ -1,5 +1,8 @@
 """Every POST of the API takes an Idempotency-Key, or says that it does not."""
 
+import re
+from pathlib import Path
+
 import pytest
 from django.core.files.uploadedfile import SimpleUploadedFile
 from rest_framework.test import APIClient
@@ -14,6 +17,7 @@ from voicehelper.identity.services import create_token
 from voicehelper.knowledge.models import Document
 from voicehelper.notifications.services import create_webhook, notify
 
+GUIDE = Path(__file__).parents[3] / "docs" / "api.md"
 DOCUMENTS, USERS = "/api/v1/documents", "/api/v1/users"
 KEY = {"Idempotency-Key": "k1"}
 TAKES = {
@@ -70,6 +74,14 @@ def test_every_post_is_known():
     posts = {one.route for one in endpoints() if "POST" in one.methods} | {"auth/token"}
     assert posts == {*TAKES, *REFUSES}
     assert not TAKES.keys() & REFUSES.keys()
+
+
+def test_the_guide_tells_which():
+    table = re.findall(r"^\| (`/.+?) \| is (heeded|refused)", GUIDE.read_text(), re.MULTILINE)
+    told = {word: set() for word in ("heeded", "refused")}
+    for paths, word in table:
+        told[word] |= set(re.findall(r"`/(.+?)`", paths.replace("{id}", PK)))
+    assert told == {"heeded": set(TAKES), "refused": set(REFUSES)}
 
 
 @pytest.mark.parametrize("route", TAKES)
