@@ -2,8 +2,10 @@
 
 import json
 from base64 import b64encode
+from io import BytesIO
 from types import SimpleNamespace
 from uuid import uuid4
+from wsgiref.util import setup_testing_defaults
 
 import pytest
 from django.core.cache import caches
@@ -12,6 +14,7 @@ from rest_framework.test import APIClient
 from tests.voicehelper.conftest import PASSWORD, assert_problem
 from tests.voicehelper.endpoints import METHODS, PK, Endpoint, endpoints
 from tests.voicehelper.knowledge.conftest import change, milvus, milvus_server  # noqa: F401
+from voicehelper import wsgi
 from voicehelper.assistant.conf import AssistantSettings
 from voicehelper.conversations.services import create_conversation, send_message
 from voicehelper.identity.services import create_token
@@ -286,6 +289,9 @@ NAMES = [
 ]
 
 
+ENCODED = [b"name*=nope''x", b"name*=utf-8''%00", b"name*0*=x''y", b"name=file; filename*=nope''x.txt"]
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_forms_that_are_none(form, client):
     answer = send(client, "POST", "/api/v1/documents", form[1], form[0])
@@ -297,6 +303,10 @@ def test_files_with_strange_names_and_types(client):
     for name in NAMES:
         answer = send(client, "POST", "/api/v1/documents", FILE % (name, b""), BOUNDARY)
         assert wrong(answer) == "", name
+    for disposition in ENCODED:
+        part = b"--b\r\nContent-Disposition: form-data; " + disposition + b"\r\n\r\nElephants\r\n--b--\r\n"
+        answer = send(client, "POST", "/api/v1/documents", part, BOUNDARY)
+        assert_problem(answer, 400)
     for kind in (b"\x00", b"\xff/\xff", b"x" * 5_000, b"text/plain; charset=nonsense", b"application/pdf", b"a/b/c"):
         answer = send(
             client, "POST", "/api/v1/documents", FILE % (b'"x.txt"', b"Content-Type: %s\r\n" % kind), BOUNDARY
@@ -355,3 +365,16 @@ def test_headers(name, value, client, own):
         for method in endpoint.methods & {"GET", "POST", "PATCH", "PUT"}:
             answer = send(client, method, url_of(endpoint.route, own), b"{}", **{name: value})
             assert wrong(answer) == "", f"{method} {endpoint.route}: {wrong(answer)}"
+
+
+@pytest.mark.parametrize("encoded", ["charset*=nope''x", "charset*=utf-8''%00", "x*0*=%00''y"])
+def test_a_content_type_that_cannot_be_read(encoded, db):
+    """Django stumbles over it before any view: what the server calls is asked."""
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/api/v1/auth/token", "HTTP_HOST": "localhost"}
+    environ |= {"CONTENT_TYPE": f"application/json; {encoded}", "CONTENT_LENGTH": "2", "wsgi.input": BytesIO(b"{}")}
+    setup_testing_defaults(environ)
+    answers = []
+    body = b"".join(wsgi.application(environ, lambda status, headers: answers.append((status, dict(headers)))))
+    [(status, headers)] = answers
+    assert (status, headers["Content-Type"]) == ("415 Unsupported Media Type", "application/problem+json")
+    assert json.loads(body)["status"] == 415
