@@ -5,7 +5,7 @@ An ETag is a hash of the answer's bytes, so it needs no version anywhere: what l
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from django.http import HttpRequest, HttpResponse
 from django.http.response import HttpResponseBase
@@ -19,8 +19,6 @@ from rest_framework.views import APIView
 
 # What these answer is the object as it is now.
 METHODS_WITH_ETAG = ("GET", "HEAD", "PUT", "PATCH")
-
-Answer = TypeVar("Answer", bound=HttpResponseBase)
 
 
 class Changed(APIException):
@@ -70,12 +68,6 @@ def need_match(view: APIView, current: Callable[[], Any]) -> None:
     etags = parse_etags(request.headers["If-Match"])
     if etags != ["*"] and _etag_of(force_bytes(content)) not in etags:
         raise Changed
-
-
-def no_store(answer: Answer) -> Answer:
-    """Say that nobody on the way may keep an answer: it holds a secret."""
-    answer["Cache-Control"] = "no-store"
-    return answer
 
 
 def _etag_of(content: bytes) -> str:

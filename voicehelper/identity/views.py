@@ -20,7 +20,7 @@ from rest_framework.response import Response
 from rest_framework.serializers import UUIDField
 from rest_framework.views import APIView
 
-from voicehelper.caching import need_match, no_store
+from voicehelper.caching import need_match
 from voicehelper.idempotency.once import once, refuses_key
 
 from .models import ApiToken, IssuedToken, Scope, Tenant, User
@@ -80,7 +80,7 @@ class TokenView(APIView):
         with refusals():
             issued = log_in(user=credentials.validated_data["user"])
         answer = LoginAnswer({"token": issued.text, "expires_at": issued.token.expires_at})
-        return no_store(Response(answer.data))
+        return _once(Response(answer.data))
 
 
 class MeView(APIView):
@@ -236,4 +236,10 @@ def _tenant_of(user: User) -> Tenant:
 
 def _shown(issued: IssuedToken) -> Response:
     body = {**TokenSerializer(issued.token).data, "token": issued.text}
-    return no_store(Response(body, status=status.HTTP_201_CREATED))
+    return _once(Response(body, status=status.HTTP_201_CREATED))
+
+
+def _once(response: Response) -> Response:
+    """The answer holds a token: nobody on the way is to keep it."""
+    response["Cache-Control"] = "no-store"
+    return response

@@ -214,11 +214,6 @@ def _webhook_body(kind: str, happened_at: str, data: Mapping[str, Any]) -> str:
 # -- preferences
 
 
-def lock_preferences(*, user: User) -> None:
-    """Keep what the user prefers as it is until the transaction ends: of two requests at once one waits."""
-    User.objects.select_for_update(no_key=True).get(id=user.id)
-
-
 @transaction.atomic
 def set_preferences(*, user: User, preferences: Iterable[tuple[str, str, bool]]) -> None:
     """Replace what a user prefers: kind, channel, whether enabled. What is not among them follows the kind's default.
@@ -236,6 +231,11 @@ def set_preferences(*, user: User, preferences: Iterable[tuple[str, str, bool]])
         for kind, channel, enabled in chosen
         if not KINDS[kind].is_fixed(channel)
     )
+
+
+def lock_preferences(*, user: User) -> None:
+    """Keep what the user prefers as it is until the transaction ends: of two requests at once one waits."""
+    User.objects.select_for_update(no_key=True).get(id=user.id)
 
 
 # -- webhooks
@@ -269,7 +269,7 @@ def change_webhook(*, by: User, endpoint_id: UUID, **changes: Any) -> WebhookEnd
 
     Raises WebhookEndpoint.DoesNotExist when the tenant has no such webhook.
     """
-    endpoint = lock_webhook(by=by, endpoint_id=endpoint_id)
+    endpoint = _lock_webhook(by, endpoint_id)
     if "kinds" in changes:
         changes["kinds"] = sorted(set(changes["kinds"]))
     if changes.get("active") and not endpoint.active:
@@ -286,7 +286,7 @@ def delete_webhook(*, by: User, endpoint_id: UUID) -> None:
 
     Raises WebhookEndpoint.DoesNotExist when the tenant has no such webhook.
     """
-    endpoint = lock_webhook(by=by, endpoint_id=endpoint_id)
+    endpoint = _lock_webhook(by, endpoint_id)
     endpoint.active, endpoint.deleted_at = False, timezone.now()
     endpoint.save(update_fields=["active", "deleted_at"])
 
@@ -297,7 +297,7 @@ def rotate_webhook_secret(*, by: User, endpoint_id: UUID) -> WebhookEndpoint:
 
     Raises WebhookEndpoint.DoesNotExist when the tenant has no such webhook.
     """
-    endpoint = lock_webhook(by=by, endpoint_id=endpoint_id)
+    endpoint = _lock_webhook(by, endpoint_id)
     endpoint.previous_salt, endpoint.salt = endpoint.salt, secrets.token_hex()
     endpoint.previous_salt_until = timezone.now() + ROTATION_OVERLAP
     endpoint.save(update_fields=["salt", "previous_salt", "previous_salt_until"])
@@ -310,7 +310,7 @@ def try_webhook(*, by: User, endpoint_id: UUID) -> Delivery:
 
     Raises WebhookEndpoint.DoesNotExist when the tenant has no such webhook.
     """
-    endpoint = lock_webhook(by=by, endpoint_id=endpoint_id)
+    endpoint = _lock_webhook(by, endpoint_id)
     test_id = uuid4()
     subject = "This is a test."
     data = {"event_id": str(test_id), "tenant_id": str(endpoint.tenant_id), "subject": subject, "text": subject}
@@ -326,9 +326,5 @@ def try_webhook(*, by: User, endpoint_id: UUID) -> Delivery:
     )
 
 
-def lock_webhook(*, by: User, endpoint_id: UUID) -> WebhookEndpoint:
-    """Return a webhook of the user's tenant as stored, locked until the transaction ends.
-
-    Raises WebhookEndpoint.DoesNotExist when the tenant has no such webhook.
-    """
+def _lock_webhook(by: User, endpoint_id: UUID) -> WebhookEndpoint:
     return WebhookEndpoint.objects.for_tenant(by.own_tenant_id).select_for_update(no_key=True).get(id=endpoint_id)

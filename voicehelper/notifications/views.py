@@ -12,11 +12,12 @@ from django.shortcuts import get_object_or_404
 from drf_spectacular.utils import extend_schema
 from rest_framework import generics, status
 from rest_framework.exceptions import APIException, ValidationError
+from rest_framework.permissions import BasePermission
 from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from voicehelper.caching import need_match, no_store
+from voicehelper.caching import need_match
 from voicehelper.idempotency.once import once, refuses_key
 from voicehelper.identity.models import User
 from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
@@ -39,7 +40,6 @@ from .services import (
     create_webhook,
     delete_webhook,
     lock_preferences,
-    lock_webhook,
     mark_read,
     rotate_webhook_secret,
     set_preferences,
@@ -52,13 +52,16 @@ class Conflict(APIException):
     status_code = status.HTTP_409_CONFLICT
 
 
-class IsTenantAdmin(IsTenantMember):
-    """Lets in an admin of a tenant."""
+class IsTenantAdmin(BasePermission):
+    """Lets in an admin of a tenant; comes after IsTenantMember."""
 
     message = "This is for the admins of your tenant."
 
     def has_permission(self, request: Request, view: Any) -> bool:
-        return super().has_permission(request, view) and member_of(request).role == User.Role.ADMIN
+        return member_of(request).role == User.Role.ADMIN
+
+
+FOR_ADMINS = (IsTenantMember, HasScope, IsTenantAdmin)
 
 
 class NotificationsView(generics.ListAPIView[Notification]):
@@ -145,7 +148,7 @@ def refusals() -> Iterator[None]:
 class OfTenantAdmins(generics.GenericAPIView[WebhookEndpoint]):
     """A view of the tenant's webhooks."""
 
-    permission_classes = (IsTenantAdmin, HasScope)
+    permission_classes = FOR_ADMINS
     serializer_class = WebhookSerializer
 
     def get_queryset(self) -> QuerySet[WebhookEndpoint]:
@@ -162,7 +165,7 @@ class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
         new.is_valid(raise_exception=True)
         with refusals():
             endpoint = create_webhook(by=member_of(request), **new.validated_data)
-        return no_store(Response(WebhookWithSecretSerializer(endpoint).data, status=status.HTTP_201_CREATED))
+        return _with_secret(endpoint, status.HTTP_201_CREATED)
 
 
 class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
@@ -174,7 +177,8 @@ class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
         changed.is_valid(raise_exception=True)
         by = member_of(request)
         with refusals(), transaction.atomic():
-            need_match(self, lambda: WebhookSerializer(lock_webhook(by=by, endpoint_id=pk)).data)
+            locked = self.get_queryset().select_for_update(no_key=True)
+            need_match(self, lambda: WebhookSerializer(get_object_or_404(locked, pk=pk)).data)
             endpoint = change_webhook(by=by, endpoint_id=pk, **changed.validated_data)
         return Response(WebhookSerializer(endpoint).data)
 
@@ -203,13 +207,18 @@ class WebhookSecretView(OfTenantAdmins):
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             endpoint = rotate_webhook_secret(by=member_of(request), endpoint_id=pk)
-        return no_store(Response(WebhookWithSecretSerializer(endpoint).data))
+        return _with_secret(endpoint, status.HTTP_200_OK)
+
+
+def _with_secret(endpoint: WebhookEndpoint, code: int) -> Response:
+    """The answer holds the secret: nobody on the way is to keep it."""
+    return Response(WebhookWithSecretSerializer(endpoint).data, status=code, headers={"Cache-Control": "no-store"})
 
 
 class WebhookDeliveriesView(generics.ListAPIView[Delivery]):
     """GET what was, or is to be, sent to a webhook, newest first."""
 
-    permission_classes = (IsTenantAdmin, HasScope)
+    permission_classes = FOR_ADMINS
     serializer_class = WebhookDeliverySerializer
 
     def get_queryset(self) -> QuerySet[Delivery]:
