@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from uuid import UUID
 
 from django.db.models import QuerySet
@@ -16,7 +17,7 @@ from rest_framework.response import Response
 from rest_framework.views import APIView
 
 from voicehelper.assistant.providers import ProviderFailed
-from voicehelper.idempotency.once import once
+from voicehelper.idempotency.once import once, refuses_key
 from voicehelper.identity.permissions import member_of
 from voicehelper.pagination import ByPosition
 
@@ -164,6 +165,12 @@ class RepliesView(APIView):
 
     renderer_classes = [EventStreamRenderer, JSONRenderer]
 
+    def options(self, request: Any, *args: Any, **kwargs: Any) -> Response:
+        answer = super().options(request, *args, **kwargs)
+        answer.content_type = JSONRenderer.media_type  # whatever is accepted: it is no stream
+        return answer
+
+    @refuses_key
     def post(self, request: Request, pk: UUID) -> HttpResponseBase:
         user = member_of(request)
         with refusals():

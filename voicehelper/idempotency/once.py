@@ -1,5 +1,7 @@
 """`@once`: a POST with an Idempotency-Key happens once, and is answered the same each time.
 
+`@refuses_key` is for the others, so that nobody takes for safe to repeat what is not.
+
 The convention is that of the IETF's draft "The Idempotency-Key HTTP Header Field": the same key with another request
 is refused with 422, the same one while the first is under way with 409, a key that is none with 400. Keys are those of
 one user, and are kept for KEPT_HOURS.
@@ -15,6 +17,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from django.core.files.uploadedfile import UploadedFile
 from django.db import OperationalError, connection, transaction
+from django.http.response import HttpResponseBase
+from django.utils.crypto import salted_hmac
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.request import Request
 from rest_framework.response import Response
@@ -35,6 +39,7 @@ KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 View = TypeVar("View", bound=APIView)
 More = ParamSpec("More")
+Answer = TypeVar("Answer", bound=HttpResponseBase)
 Post = Callable[Concatenate[View, Request, More], Response]
 
 
@@ -64,22 +69,33 @@ def once(post: Post[View, More]) -> Post[View, More]:
         if not KEY.fullmatch(key):
             raise ValidationError({"Idempotency-Key": ["1 to 255 visible ASCII characters."]})
         user, fingerprint = member_of(request), _fingerprint(request)
-        try:
-            with transaction.atomic():
-                _prune()
-                kept = _claim(user.id, key, fingerprint)
-                if kept is not None:
-                    return _again(kept, fingerprint)
-                answer = post(view, request, *args, **kwargs)
-                body = json.loads(json.dumps(answer.data, cls=JSONEncoder))
-                KeptAnswer.objects.filter(user=user, key=key).update(status=answer.status_code, body=body)
-                return answer
-        except OperationalError as error:
-            if getattr(error.__cause__, "sqlstate", "") == LOCK_NOT_AVAILABLE:
-                raise UnderWay from error
-            raise
+        with transaction.atomic():
+            _prune()
+            kept = _claim(user.id, key, fingerprint)
+            if kept is not None:
+                return _again(kept, fingerprint)
+            answer = post(view, request, *args, **kwargs)
+            body = json.loads(json.dumps(answer.data, cls=JSONEncoder))
+            KeptAnswer.objects.filter(user=user, key=key).update(status=answer.status_code, body=body)
+            return answer
 
+    heeding.heeds_keys = True  # type: ignore[attr-defined]  # for the API's description
     return cast(Post[View, More], heeding)
+
+
+def refuses_key(post: Callable[Concatenate[View, Request, More], Answer]) -> Callable[..., Answer]:
+    """Have a view's `post()` refuse the header Idempotency-Key with 400.
+
+    For answers that hold a secret, which is not kept anywhere, and for those that are streams.
+    """
+
+    @wraps(post)
+    def refusing(view: View, request: Request, *args: More.args, **kwargs: More.kwargs) -> Answer:
+        if "Idempotency-Key" in request.headers:
+            raise ValidationError({"Idempotency-Key": ["This endpoint does not take it: nothing was done."]})
+        return post(view, request, *args, **kwargs)
+
+    return refusing
 
 
 # Waits for another transaction that writes the same key: when that one is rolled back the row is ours.
@@ -95,16 +111,26 @@ _PRUNE_SQL = """
 
 
 def _claim(user_id: Any, key: str, fingerprint: bytes) -> KeptAnswer | None:
-    """Take the key; None when it is ours, else the answer that is kept for it."""
+    """Take the key; None when it is ours, else the answer that is kept for it. Raises UnderWay."""
     with connection.cursor() as cursor:
         # Of this statement alone: what the POST does waits for its own locks as it does without a key.
         cursor.execute("SELECT current_setting('lock_timeout')")
         (before,) = cursor.fetchone()
         cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{WAIT_SECONDS}s"])
-        cursor.execute(_CLAIM_SQL, [user_id, key, fingerprint])
+        try:
+            cursor.execute(_CLAIM_SQL, [user_id, key, fingerprint])
+        except OperationalError as error:
+            if getattr(error.__cause__, "sqlstate", "") == LOCK_NOT_AVAILABLE:
+                raise UnderWay from error
+            raise
         is_ours = cursor.rowcount == 1
         cursor.execute("SELECT set_config('lock_timeout', %s, true)", [before])
-    return None if is_ours else KeptAnswer.objects.get(user_id=user_id, key=key)
+    if is_ours:
+        return None
+    kept = KeptAnswer.objects.filter(user_id=user_id, key=key).first()
+    if kept is None:  # too old, and pruned by another request since
+        raise UnderWay
+    return kept
 
 
 def _again(kept: KeptAnswer, fingerprint: bytes) -> Response:
@@ -118,21 +144,25 @@ def _prune() -> None:
         cursor.execute(_PRUNE_SQL, [KEPT_HOURS, PRUNED_AT_ONCE])
 
 
-class _Body(JSONEncoder):
-    """A request's body as JSON; of a file, what it is called and the hash of what is in it."""
+class _Encoder(JSONEncoder):
+    """JSON of a request's data. A file is what it says of itself and a hash of its bytes, which can be read again."""
 
     def default(self, obj: Any) -> Any:
         if not isinstance(obj, UploadedFile):
             return super().default(obj)
-        digest = hashlib.sha256()
+        content = hashlib.sha256()
         for chunk in obj.chunks():
-            digest.update(chunk)
+            content.update(chunk)
         obj.seek(0)
-        return [obj.name, obj.content_type, digest.hexdigest()]
+        return [obj.name, obj.content_type, content.hexdigest()]
 
 
 def _fingerprint(request: Request) -> bytes:
-    """Of what the request asks for: the order of a JSON object's members does not matter."""
-    body = json.dumps(request.data, sort_keys=True, cls=_Body)
-    text = "\n".join((str(request.method), request.path, body))
-    return hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
+    """Of what is asked for, in which tenant: the order of a JSON object's members does not matter.
+
+    With the server's key: it is kept, and a plain hash of a body with a password would help to guess it.
+    """
+    body = json.dumps(request.data, sort_keys=True, cls=_Encoder)
+    text = "\n".join((str(member_of(request).own_tenant_id), str(request.method), request.get_full_path(), body))
+    value = text.encode("utf-8", "backslashreplace")
+    return salted_hmac("voicehelper.idempotency", value, algorithm="sha256").digest()

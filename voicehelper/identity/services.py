@@ -105,6 +105,11 @@ def register_user(
     return user
 
 
+def lock_user(*, user: User) -> User:
+    """Return the user as stored, locked until the transaction ends, in the order of `change_role()` and the others."""
+    return _lock_with_tenant(user)[1]
+
+
 @transaction.atomic
 def change_role(*, user: User, role: str, by: User | None = None) -> User:
     """Give a user another role and emit identity.user.role.changed; the same role changes nothing.

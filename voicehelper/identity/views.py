@@ -20,6 +20,9 @@ from rest_framework.response import Response
 from rest_framework.serializers import UUIDField
 from rest_framework.views import APIView
 
+from voicehelper.caching import need_match
+from voicehelper.idempotency.once import once, refuses_key
+
 from .models import ApiToken, IssuedToken, Scope, Tenant, User
 from .permissions import AdminsChange, HasScope, IsTenantMember, member_of
 from .serializers import (
@@ -39,6 +42,7 @@ from .services import (
     change_role,
     create_token,
     deactivate_user,
+    lock_user,
     log_in,
     register_user,
     revoke_token,
@@ -69,6 +73,7 @@ class TokenView(APIView):
     throttle_classes = (LoginThrottle,)
 
     @extend_schema(request=AuthTokenSerializer, responses=LoginAnswer)
+    @refuses_key
     def post(self, request: Request) -> Response:
         credentials = AuthTokenSerializer(data=request.data, context={"request": request})
         credentials.is_valid(raise_exception=True)
@@ -105,6 +110,7 @@ class UsersView(generics.ListAPIView[User]):
         return User.objects.filter(tenant_id=member_of(self.request).own_tenant_id)
 
     @extend_schema(request=NewUser, responses={201: UserSerializer})
+    @once
     def post(self, request: Request) -> Response:
         by = member_of(request)
         new = NewUser(data=request.data)
@@ -121,7 +127,7 @@ class UsersView(generics.ListAPIView[User]):
 class UserView(generics.RetrieveAPIView[User]):
     """GET a user of the tenant; PATCH the role, or deactivate the user (admins; scope `admin`).
 
-    409 where the tenant would be left without an admin, and to activate one that is deactivated.
+    409 where the tenant would be left without an admin, and to activate one that is deactivated; 412: see If-Match.
     """
 
     serializer_class = UserSerializer
@@ -142,6 +148,7 @@ class UserView(generics.RetrieveAPIView[User]):
         if is_active and not user.is_active:
             raise NotNow("A deactivated user stays so.")
         with refusals(), transaction.atomic():
+            need_match(self, lambda: UserSerializer(lock_user(user=user)).data)
             if role is not None:
                 user = change_role(user=user, role=role, by=by)
             if is_active is False:
@@ -175,6 +182,7 @@ class TokensView(generics.ListAPIView[ApiToken]):
         return super().get(request, *args, **kwargs)
 
     @extend_schema(request=NewToken, responses={201: IssuedTokenSerializer})
+    @refuses_key
     def post(self, request: Request) -> Response:
         user = member_of(request)
         new = NewToken(data=request.data)
@@ -193,6 +201,7 @@ class RotateTokenView(APIView):
     scopes = {"POST": Scope.ADMIN}
 
     @extend_schema(request=Rotation, responses={201: IssuedTokenSerializer})
+    @refuses_key
     def post(self, request: Request, pk: UUID) -> Response:
         user = member_of(request)
         # Nobody else's: who is shown a new token can act as its user.

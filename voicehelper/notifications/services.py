@@ -263,14 +263,18 @@ def set_preferences(*, user: User, preferences: Iterable[tuple[str, str, bool]])
     for kind, channel, enabled in chosen:
         if KINDS[kind].is_fixed(channel) and not enabled:
             raise PreferenceRefused(f"{kind} cannot be switched off in the app: it is the one place that keeps it.")
-    # Two requests at once: one after the other.
-    User.objects.select_for_update(no_key=True).get(id=user.id)
+    lock_preferences(user=user)
     NotificationPreference.objects.filter(user=user).delete()
     NotificationPreference.objects.bulk_create(
         NotificationPreference(user=user, kind=kind, channel=channel, enabled=enabled)
         for kind, channel, enabled in chosen
         if not KINDS[kind].is_fixed(channel)
     )
+
+
+def lock_preferences(*, user: User) -> None:
+    """Keep what the user prefers as it is until the transaction ends: of two requests at once one waits."""
+    User.objects.select_for_update(no_key=True).get(id=user.id)
 
 
 # -- webhooks

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
+from django.db import transaction
 from django.db.models import QuerySet
 from django.http import Http404
 from django.shortcuts import get_object_or_404
@@ -16,7 +17,8 @@ from rest_framework.request import Request
 from rest_framework.response import Response
 from rest_framework.views import APIView
 
-from voicehelper.idempotency.once import once
+from voicehelper.caching import need_match
+from voicehelper.idempotency.once import once, refuses_key
 from voicehelper.identity.models import User
 from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
 
@@ -37,6 +39,7 @@ from .services import (
     change_webhook,
     create_webhook,
     delete_webhook,
+    lock_preferences,
     mark_read,
     rotate_webhook_secret,
     set_preferences,
@@ -73,6 +76,7 @@ class NotificationsView(generics.ListAPIView[Notification]):
 class NotificationReadView(APIView):
     """POST to mark one's notification as read."""
 
+    @once
     def post(self, request: Request, pk: UUID) -> Response:
         try:
             notification = mark_read(recipient=member_of(request), notification_id=pk)
@@ -96,8 +100,16 @@ class NotificationPreferencesView(APIView):
             (preference["kind"], preference["channel"], preference["enabled"])
             for preference in new.validated_data["preferences"]
         ]
+        user = member_of(request)
+
+        def current() -> dict[str, Any]:
+            lock_preferences(user=user)
+            return {"preferences": _preferences_of(user)}
+
         try:
-            set_preferences(user=member_of(request), preferences=chosen)
+            with transaction.atomic():
+                need_match(self, current)
+                set_preferences(user=user, preferences=chosen)
         except PreferenceRefused as error:
             raise ValidationError({"preferences": [str(error)]}) from error
         return self.get(request)
@@ -147,6 +159,7 @@ class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
     """GET the tenant's webhooks, newest first; POST a new one: the answer has its secret, this once."""
 
     @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer})
+    @refuses_key
     def post(self, request: Request) -> Response:
         new = NewWebhook(data=request.data)
         new.is_valid(raise_exception=True)
@@ -162,8 +175,11 @@ class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
     def patch(self, request: Request, pk: UUID) -> Response:
         changed = ChangedWebhook(data=request.data)
         changed.is_valid(raise_exception=True)
-        with refusals():
-            endpoint = change_webhook(by=member_of(request), endpoint_id=pk, **changed.validated_data)
+        by = member_of(request)
+        with refusals(), transaction.atomic():
+            locked = self.get_queryset().select_for_update(no_key=True)
+            need_match(self, lambda: WebhookSerializer(get_object_or_404(locked, pk=pk)).data)
+            endpoint = change_webhook(by=by, endpoint_id=pk, **changed.validated_data)
         return Response(WebhookSerializer(endpoint).data)
 
     def delete(self, request: Request, pk: UUID) -> Response:
@@ -187,6 +203,7 @@ class WebhookSecretView(OfTenantAdmins):
     """POST to have a new secret: the answer has it, this once. The old one's signature is sent along for a day."""
 
     @extend_schema(request=None, responses=WebhookWithSecretSerializer)
+    @refuses_key
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
             endpoint = rotate_webhook_secret(by=member_of(request), endpoint_id=pk)
