@@ -116,11 +116,12 @@ _redis = {
     "KEY_PREFIX": "voicehelper",
     "OPTIONS": {"socket_connect_timeout": 0.25, "socket_timeout": 0.25},  # seconds
 }
-_memory = {"BACKEND": "monitoring.caches.LocMemCache", "LOCATION": "default"}
+# Large enough that nobody makes a throttle's count be forgotten by asking with many other names.
+_memory: dict[str, Any] = {"BACKEND": "monitoring.caches.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 10_000}}
 CACHES: dict[str, Any] = {
-    "default": _redis if REDIS_URL else _memory,
+    "default": _redis if REDIS_URL else {**_memory, "LOCATION": "default"},
     # Of each process alone, for when the shared one is away.
-    "process": {"BACKEND": "monitoring.caches.LocMemCache", "LOCATION": "process"},
+    "process": {**_memory, "LOCATION": "process"},
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
