@@ -15,6 +15,7 @@ from voicehelper.identity.throttling import LoginThrottle, MinuteThrottle, Share
 
 ME = "/api/v1/me"
 LOGIN = "/api/v1/auth/token"
+WRONG = "wrong"
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +52,8 @@ def log_in(db):
     """Try to log in; return the answer."""
     client = APIClient(raise_request_exception=False)
 
-    def attempt(username, secret="wrong"):
-        return client.post(LOGIN, {"username": username, "password": secret}, format="json")
+    def attempt(username, password=WRONG):
+        return client.post(LOGIN, {"username": username, "password": password}, format="json")
 
     return attempt
 
@@ -175,6 +176,21 @@ def test_many_other_names_make_no_attempt_forgotten(bob, log_in):
     for number in range(1000):
         LoginThrottle().may_try(f"user-{number}")
     assert_problem(log_in("bob"), 429)
+
+
+def test_the_admin_site_and_the_api_count_attempts_together(alice, bob, log_in, client, clock):
+    def log_in_to_the_site(username, password=WRONG):
+        return client.post("/admin/login/", {"username": username, "password": password, "next": "/admin/"})
+
+    for _ in range(10):
+        log_in("alice")
+        assert "Please enter the correct" in log_in_to_the_site("alice").content.decode()
+    page = log_in_to_the_site("alice", PASSWORD)
+    assert page.status_code == 200
+    assert "Too many attempts to log in" in page.content.decode()
+    assert_problem(log_in("alice", PASSWORD), 429)
+    clock(60)
+    assert log_in_to_the_site("alice", PASSWORD)["Location"] == "/admin/"
 
 
 def test_guessing_is_throttled_while_the_shared_cache_is_away(bob, log_in, cache_is_away):
