@@ -63,20 +63,15 @@ def once(post: Post[View, More]) -> Post[View, More]:
         if not KEY.fullmatch(key):
             raise ValidationError({"Idempotency-Key": ["1 to 255 visible ASCII characters."]})
         user, fingerprint = member_of(request), _fingerprint(request)
-        try:
-            with transaction.atomic():
-                _prune()
-                kept = _claim(user.id, key, fingerprint)
-                if kept is not None:
-                    return _again(kept, fingerprint)
-                answer = post(view, request, *args, **kwargs)
-                body = json.loads(json.dumps(answer.data, cls=JSONEncoder))
-                KeptAnswer.objects.filter(user=user, key=key).update(status=answer.status_code, body=body)
-                return answer
-        except OperationalError as error:
-            if getattr(error.__cause__, "sqlstate", "") == LOCK_NOT_AVAILABLE:
-                raise UnderWay from error
-            raise
+        with transaction.atomic():
+            _prune()
+            kept = _claim(user.id, key, fingerprint)
+            if kept is not None:
+                return _again(kept, fingerprint)
+            answer = post(view, request, *args, **kwargs)
+            body = json.loads(json.dumps(answer.data, cls=JSONEncoder))
+            KeptAnswer.objects.filter(user=user, key=key).update(status=answer.status_code, body=body)
+            return answer
 
     return cast(Post[View, More], heeding)
 
@@ -94,16 +89,26 @@ _PRUNE_SQL = """
 
 
 def _claim(user_id: Any, key: str, fingerprint: bytes) -> KeptAnswer | None:
-    """Take the key; None when it is ours, else the answer that is kept for it."""
+    """Take the key; None when it is ours, else the answer that is kept for it. Raises UnderWay."""
     with connection.cursor() as cursor:
         # Of this statement alone: what the POST does waits for its own locks as it does without a key.
         cursor.execute("SELECT current_setting('lock_timeout')")
         (before,) = cursor.fetchone()
         cursor.execute("SELECT set_config('lock_timeout', %s, true)", [f"{WAIT_SECONDS}s"])
-        cursor.execute(_CLAIM_SQL, [user_id, key, fingerprint])
+        try:
+            cursor.execute(_CLAIM_SQL, [user_id, key, fingerprint])
+        except OperationalError as error:
+            if getattr(error.__cause__, "sqlstate", "") == LOCK_NOT_AVAILABLE:
+                raise UnderWay from error
+            raise
         is_ours = cursor.rowcount == 1
         cursor.execute("SELECT set_config('lock_timeout', %s, true)", [before])
-    return None if is_ours else KeptAnswer.objects.get(user_id=user_id, key=key)
+    if is_ours:
+        return None
+    kept = KeptAnswer.objects.filter(user_id=user_id, key=key).first()
+    if kept is None:  # too old, and pruned by another request since
+        raise UnderWay
+    return kept
 
 
 def _again(kept: KeptAnswer, fingerprint: bytes) -> Response:
@@ -120,5 +125,5 @@ def _prune() -> None:
 def _fingerprint(request: Request) -> bytes:
     """Of what the request asks for: the order of a JSON object's members does not matter."""
     body = json.dumps(request.data, sort_keys=True, cls=JSONEncoder)
-    text = "\n".join((str(request.method), request.path, body))
+    text = "\n".join((str(request.method), request.get_full_path(), body))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()
