@@ -271,6 +271,33 @@ def test_logging_in_again_and_again_keeps_the_newest_tokens(bob, emitted):
     assert client_with(logins[-1].text).get(ME).status_code == 200
 
 
+@pytest.mark.parametrize("by_login", [False, True])
+def test_rotating_again_and_again_leaves_no_more_than_two_valid(bob, by_login, emitted):
+    token = log_in(user=bob).token if by_login else make(bob)
+    for _ in range(4):
+        first, token = token, rotate_token(token=token, grace=timedelta(days=7), by=bob).token
+    assert {valid.id for valid in bob.api_tokens.valid()} == {first.id, token.id}
+    assert [event.payload.reason for event in emitted("identity.token.revoked")] == ["Its replacement was rotated."] * 3
+
+
+@pytest.mark.parametrize("get_token", [make, lambda user: log_in(user=user)])
+def test_what_is_over_for_long_is_forgotten(alice, bob, get_token, monkeypatch):
+    now = timezone.now()
+    revoked, expired, rotated, kept, hers = make(bob), make(bob), make(bob), make(bob), make(alice)
+    revoke_token(token=revoked, reason="lost", by=bob)
+    revoke_token(token=hers, reason="lost", by=bob)
+    ApiToken.objects.filter(id=expired.id).update(expires_at=now)
+    new = rotate_token(token=rotated, grace=timedelta(0), by=bob).token
+    at(now + timedelta(days=89), monkeypatch)
+    get_token(bob)
+    assert bob.api_tokens.count() == 6
+    at(now + timedelta(days=91), monkeypatch)
+    get_token(bob)
+    left = set(bob.api_tokens.values_list("id", flat=True))
+    assert {kept.id, new.id} < left and not left & {revoked.id, expired.id, rotated.id}
+    assert alice.api_tokens.count() == 1
+
+
 def test_a_deactivated_user_gets_no_token(alice, bob):
     deactivate_user(user=bob, by=alice)
     with pytest.raises(UserInactive):
