@@ -1,6 +1,7 @@
 """Tokens of rest_framework.authtoken, which kept them in plain text, go on working after the upgrade."""
 
 from importlib import import_module
+from uuid import RFC_4122
 
 import pytest
 from django.apps import apps
@@ -66,6 +67,8 @@ def test_an_old_token_goes_on_working(bob, before):
     assert (token.user, token.created_at, token.expires_at) == (bob, before, None)
     assert (token.prefix, token.scopes, token.state) == (KEY[:8], ["read", "write", "admin"], "valid")
     assert token.last_used_at is not None
+    assert (token.id.version, token.id.variant) == (7, RFC_4122)
+    assert token.id.int >> 80 == int(before.timestamp() * 1000)  # in the order in which they were made
     client.delete(f"/api/v1/tokens/{token.id}")
     assert_problem(client.get("/api/v1/me"), 401)
 
