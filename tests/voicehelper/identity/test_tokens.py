@@ -11,6 +11,7 @@ from rest_framework.test import APIClient
 from uuid_utils.compat import uuid7
 
 from tests.voicehelper.conftest import PASSWORD, assert_problem
+from voicehelper.conversations.models import Conversation
 from voicehelper.identity import services, tokens
 from voicehelper.identity.models import ApiToken, Scope, User
 from voicehelper.identity.services import (
@@ -188,6 +189,23 @@ def test_the_admin_site_s_session_is_limited_by_the_role_alone(alice, bob, clien
     client.force_login(bob)
     assert client.get("/api/v1/users").status_code == 200
     assert_problem(client.post("/api/v1/users", {}, content_type="application/json"), 403)
+
+
+def test_beside_a_session_it_is_the_token_that_counts(alice, bob):
+    browser = APIClient(enforce_csrf_checks=True, raise_request_exception=False)
+    browser.force_login(alice)
+    assert_problem(browser.post("/api/v1/conversations", {"title": "x"}, format="json"), 403)  # no CSRF token
+    reader, writer = (create_token(user=bob, name="laptop", scopes=[scope]).text for scope in ("read", "write"))
+    for token, status in ((reader, 403), (writer, 201), (reader[:-1], 401), ("", 401)):
+        browser.credentials(HTTP_AUTHORIZATION=f"Token {token}")
+        assert browser.post("/api/v1/conversations", {"title": "x"}, format="json").status_code == status
+    assert Conversation.objects.get().user == bob
+
+
+def test_no_page_of_another_origin_is_let_in(bob, api):
+    asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    for answer in (api(bob).options(ME, headers=asked), api(bob).get(ME, headers=asked)):
+        assert not [name for name in answer.headers if name.startswith("Access-Control")]
 
 
 @pytest.mark.parametrize("scopes", [[], ["root"], ["read", "root"]])
