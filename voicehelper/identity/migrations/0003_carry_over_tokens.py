@@ -25,7 +25,7 @@ SELECT (left(ms, 8) || '-' || right(ms, 4) || '-7' || substr(gen_random_uuid()::
        user_id, 'before scopes', ARRAY['read', 'write', 'admin'], left(key, %s),
        encode(sha256(convert_to(key, 'UTF8')), 'hex'), false, created
   FROM authtoken_token
- CROSS JOIN LATERAL (SELECT lpad(to_hex((extract(epoch FROM created) * 1000)::bigint), 12, '0')) AS time (ms)
+ CROSS JOIN LATERAL (SELECT lpad(to_hex(floor(extract(epoch FROM created) * 1000)::bigint), 12, '0')) AS time (ms)
 """
 DROP = "DROP TABLE authtoken_token"
 CLEAN_LOG = """
