@@ -125,5 +125,5 @@ def _prune() -> None:
 def _fingerprint(request: Request) -> bytes:
     """Of what the request asks for: the order of a JSON object's members does not matter."""
     body = json.dumps(request.data, sort_keys=True, cls=JSONEncoder)
-    text = "\n".join((str(request.method), request.get_full_path(), body))
+    text = "\n".join((str(request.method), request.path, body))
     return hashlib.sha256(text.encode("utf-8", "backslashreplace")).digest()

@@ -97,12 +97,6 @@ def test_an_answer_that_goes_while_it_is_looked_for_is_no_error(api, alice):
     assert post(client).status_code == 201
 
 
-def test_a_query_is_a_part_of_the_request(api, alice):
-    client = api(alice)
-    post(client, url=f"{URL}?a=1")
-    assert_problem(post(client, url=f"{URL}?a=2"), 422)
-
-
 def test_a_lock_that_the_post_itself_does_not_get_is_no_matter_of_the_key(api, alice, monkeypatch):
     def find_a_lock(**_):
         with connection.cursor() as cursor:
