@@ -23,7 +23,15 @@ class Utf8(HttpRequest):
     """A request whose query and body are UTF-8, whatever charset it names: JSON is nothing else (RFC 8259).
 
     Django goes by any codec of Python: it fails at those that are none of text, and one takes minutes for a few MB.
+    It also fails, before any view, at a Content-Type that it cannot read, as of `charset*=none''x`: such a one is none.
     """
+
+    def _set_content_type_params(self, meta: dict[str, Any]) -> None:
+        try:
+            super()._set_content_type_params(meta)  # type: ignore[misc]  # Django's own, which the stubs leave out
+        except ValueError:
+            self.META["CONTENT_TYPE"] = self.content_type = ""
+            self.content_params = {}
 
     @property
     def encoding(self) -> str:

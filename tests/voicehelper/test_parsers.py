@@ -63,6 +63,13 @@ def test_no_charset_changes_what_is_read(ask, charset):
 
 
 @pytest.mark.parametrize("ask", [ask_wsgi, ask_asgi])
+@pytest.mark.parametrize("encoded", ["charset*=nope''x", "charset*=utf-8''%00", "x*0*=%00''y"])
+def test_a_content_type_that_cannot_be_read_is_none(ask, encoded):
+    status, answer = ask(LOGIN, b"", f"application/json; {encoded}", b"{}")
+    assert (status, answer["status"]) == (415, 415)
+
+
+@pytest.mark.parametrize("ask", [ask_wsgi, ask_asgi])
 def test_no_charset_makes_a_body_take_minutes(ask):
     started = time.monotonic()
     status, _ = ask(LOGIN, b"", "application/json; charset=punycode", b"-" + b"a" * 2_000_000)  # quadratic for that
