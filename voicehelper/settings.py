@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import dj_database_url
+from django.core.exceptions import ImproperlyConfigured
 from django.templatetags.static import static
 
 from voicehelper.assistant.conf import assistant_settings, llm_prices
@@ -13,13 +14,30 @@ from voicehelper.kafka_security import kafka_security
 from voicehelper.knowledge.conf import knowledge_from
 from voicehelper.services import BASE_DIR, DATA_DIR, find_services
 
-ENVIRONMENT = os.environ.get("VOICEHELPER_ENV", "dev")  # dev | staging | prod
+
+def _names(variable: str, default: str = "") -> list[str]:
+    return [name.strip() for name in os.environ.get(variable, default).split(",") if name.strip()]
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable) or str(default)
+    if not (text.isascii() and text.isdecimal() and len(text) < 10):
+        raise ImproperlyConfigured(f"{variable}={text[:50]!r} must be a whole number")
+    return int(text)
+
+
+ENVIRONMENT = os.environ.get("VOICEHELPER_ENV", "dev")
+if ENVIRONMENT not in ("dev", "staging", "prod"):
+    raise ImproperlyConfigured(f"VOICEHELPER_ENV={ENVIRONMENT[:50]!r} must be dev, staging or prod")
 IS_DEV = ENVIRONMENT == "dev"
 DEBUG = False
 
-SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY", "dev-only-" + "x" * 50 if IS_DEV else "")
-ALLOWED_HOSTS = os.environ.get("DJANGO_ALLOWED_HOSTS", "127.0.0.1,localhost,[::1]" if IS_DEV else "").split(",")
-CSRF_TRUSTED_ORIGINS = [origin for origin in os.environ.get("DJANGO_CSRF_TRUSTED_ORIGINS", "").split(",") if origin]
+SECRET_KEY = os.environ.get("DJANGO_SECRET_KEY") or ("dev-only-" + "x" * 50 if IS_DEV else "")
+if not SECRET_KEY:
+    raise ImproperlyConfigured(f"VOICEHELPER_ENV={ENVIRONMENT} needs a DJANGO_SECRET_KEY, long and random")
+ALLOWED_HOSTS = _names("DJANGO_ALLOWED_HOSTS", "127.0.0.1,localhost,[::1]" if IS_DEV else "")
+SECRET_KEY_FALLBACKS = _names("DJANGO_SECRET_KEY_FALLBACKS")
+CSRF_TRUSTED_ORIGINS = _names("DJANGO_CSRF_TRUSTED_ORIGINS")
 if not IS_DEV:
     SECURE_PROXY_SSL_HEADER = ("HTTP_X_FORWARDED_PROTO", "https")
     SECURE_SSL_REDIRECT = True
@@ -101,7 +119,7 @@ SERVICES = find_services()
 DATABASES: dict[str, Any] = {
     "default": dj_database_url.parse(
         SERVICES.database_url or "postgresql://localhost/voicehelper",
-        conn_max_age=int(os.environ.get("DATABASE_CONN_MAX_AGE_SECONDS", "60")),
+        conn_max_age=_number("DATABASE_CONN_MAX_AGE_SECONDS", 60),
         conn_health_checks=True,
     )
 }
@@ -117,11 +135,12 @@ _redis = {
     "KEY_PREFIX": "voicehelper",
     "OPTIONS": {"socket_connect_timeout": 0.25, "socket_timeout": 0.25},  # seconds
 }
-_memory = {"BACKEND": "monitoring.caches.LocMemCache", "LOCATION": "default"}
+# Large enough that nobody makes a throttle's count be forgotten by asking with many other names.
+_memory: dict[str, Any] = {"BACKEND": "monitoring.caches.LocMemCache", "OPTIONS": {"MAX_ENTRIES": 10_000}}
 CACHES: dict[str, Any] = {
-    "default": _redis if REDIS_URL else _memory,
+    "default": _redis if REDIS_URL else {**_memory, "LOCATION": "default"},
     # Of each process alone, for when the shared one is away.
-    "process": {"BACKEND": "monitoring.caches.LocMemCache", "LOCATION": "process"},
+    "process": {**_memory, "LOCATION": "process"},
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
@@ -182,7 +201,7 @@ REST_FRAMEWORK = {
 # Of all users of a tenant together; 0 is no limit.
 TENANT_REQUESTS_PER_MINUTE = tenant_requests_per_minute(os.environ)
 
-_session_ms = int(os.environ.get("KAFKA_SESSION_TIMEOUT_MS", "10000"))
+_session_ms = _number("KAFKA_SESSION_TIMEOUT_MS", 10_000)
 EVENTS_OUTBOX: dict[str, Any] = {
     "KAFKA": {"bootstrap.servers": SERVICES.kafka_bootstrap_servers, **kafka_security(os.environ)},
     "KAFKA_IS_EMBEDDED": SERVICES.kafka_is_embedded,
@@ -190,7 +209,7 @@ EVENTS_OUTBOX: dict[str, Any] = {
     "KAFKA_CONSUMER": {"session.timeout.ms": _session_ms, "heartbeat.interval.ms": _session_ms // 4},
     "ADMIN_TENANT": "voicehelper.console.roles.admin_tenant",
     "ACKS": os.environ.get("KAFKA_ACKS", "all"),
-    "TOPIC_REPLICATION_FACTOR": int(os.environ.get("KAFKA_REPLICATION_FACTOR", "1")),
+    "TOPIC_REPLICATION_FACTOR": _number("KAFKA_REPLICATION_FACTOR", 1),
 }
 
 # A day of a tenant is alerted when it comes to three times the average day, and to at least so much.

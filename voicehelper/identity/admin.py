@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from django.contrib import admin, messages
 from django.contrib.auth.admin import UserAdmin as DjangoUserAdmin
+from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.db.models import Model, Q, QuerySet
 from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
@@ -17,11 +18,30 @@ from events_outbox.operators import note_action
 
 from .models import ApiToken, Tenant, User
 from .services import Refused, change_role, create_tenant, deactivate_user, register_user, revoke_token
+from .throttling import LoginThrottle
 
 if TYPE_CHECKING:
-    from django.contrib.auth.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+    from django.contrib.auth.forms import (
+        AdminPasswordChangeForm,
+        AuthenticationForm,
+        UserChangeForm,
+        UserCreationForm,
+    )
 else:
-    from unfold.forms import AdminPasswordChangeForm, UserChangeForm, UserCreationForm
+    from unfold.forms import AdminPasswordChangeForm, AuthenticationForm, UserChangeForm, UserCreationForm
+
+
+class LoginForm(AuthenticationForm):
+    """With the API's limit on guessing: the attempts of both are counted together."""
+
+    def clean(self) -> dict[str, Any]:
+        username = self.cleaned_data.get("username")
+        if username is not None and not LoginThrottle().may_try(username):
+            raise ValidationError("Too many attempts to log in with this name: try again in a minute.")
+        return super().clean()
+
+
+admin.site.login_form = LoginForm
 
 
 class NewUserForm(UserCreationForm):  # type: ignore[type-arg]

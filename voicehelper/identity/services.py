@@ -10,6 +10,7 @@ from uuid import UUID
 
 from django.contrib.auth.password_validation import validate_password
 from django.db import transaction
+from django.db.models import Q
 from django.utils import timezone
 
 from events_outbox import NewEvent, emit_event, emit_events
@@ -39,6 +40,8 @@ MAX_TOKENS = 50
 MAX_LOGIN_TOKENS = 10
 """Valid tokens of a user made by logging in: a further login revokes the oldest."""
 LOGIN_LIFETIME = timedelta(days=30)
+KEPT_WHEN_OVER = timedelta(days=90)
+"""How long a token that opens nothing any more can still be looked at; then the user's next one takes it away."""
 
 
 class Refused(Exception):
@@ -170,6 +173,7 @@ def create_token(
     Raises UserInactive, TooManyTokens.
     """
     user = _lock_active(user)
+    _forget_old(user)
     if user.api_tokens.valid().filter(by_login=False).count() >= MAX_TOKENS:
         raise TooManyTokens(f"A user has at most {MAX_TOKENS} valid tokens: revoke one first.")
     issued = ApiToken.objects.issue(user=user, name=name, scopes=scopes, expires_at=expires_at)
@@ -184,6 +188,7 @@ def log_in(*, user: User) -> IssuedToken:
     The oldest of more than MAX_LOGIN_TOKENS are revoked. Raises UserInactive.
     """
     user = _lock_active(user)
+    _forget_old(user)
     kept = user.api_tokens.valid().filter(by_login=True).order_by("-id")[: MAX_LOGIN_TOKENS - 1]
     oldest = user.api_tokens.valid().filter(by_login=True).exclude(id__in=[token.id for token in kept]).order_by("id")
     _revoke(user, oldest, reason="The user has logged in again.", by=user)
@@ -197,8 +202,9 @@ def log_in(*, user: User) -> IssuedToken:
 def rotate_token(*, token: ApiToken, grace: timedelta, by: User | None = None) -> IssuedToken:
     """Make a token in place of another, emit identity.token.rotated for the old and .created for the new one.
 
-    The old one is valid for `grace` longer, if it does not expire before. The new one has its name and scopes, and is
-    valid for as long as the old one was meant to be. Raises TokenNotValid, UserInactive.
+    The old one is valid for `grace` longer, if it does not expire before; one that it took the place of itself is
+    revoked. The new one has its name and scopes, and is valid for as long as the old one was meant to be.
+    Raises TokenNotValid, UserInactive.
     """
     user = _lock_active(token.user)
     old = ApiToken.objects.get(id=token.id)
@@ -206,6 +212,8 @@ def rotate_token(*, token: ApiToken, grace: timedelta, by: User | None = None) -
         raise TokenNotValid("The token was rotated before.")
     if old.state != ApiToken.State.VALID:
         raise TokenNotValid(f"The token is {old.state}.")
+    # Or rotation would be a way around the limits on how many are valid.
+    _revoke(user, ApiToken.objects.valid().filter(replaced_by=old), reason="Its replacement was rotated.", by=by)
     now = timezone.now()
     issued = ApiToken.objects.issue(
         user=user,
@@ -259,6 +267,12 @@ def _need_another_admin(tenant_id: UUID, user: User) -> None:
     is_admin = user.is_active and user.role == User.Role.ADMIN
     if is_admin and not admins.exclude(id=user.id).exists():
         raise LastAdmin("The tenant has no other admin.")
+
+
+def _forget_old(user: User) -> None:
+    """Delete the tokens, of a user whose row is locked, that have been over for long."""
+    before = timezone.now() - KEPT_WHEN_OVER
+    user.api_tokens.filter(Q(revoked_at__lt=before) | Q(expires_at__lt=before)).delete()
 
 
 def _emit_created(token: ApiToken, by: User | None) -> None:

@@ -81,6 +81,31 @@ def test_old_answers_go(api, alice):
     assert Conversation.objects.count() == 3
 
 
+def test_an_answer_that_goes_while_it_is_looked_for_is_no_error(api, alice):
+    """It was there when the key was to be taken, and another request has taken it away since, being too old."""
+    client = api(alice)
+    post(client)
+
+    def forget_it_first(execute, sql, *args):
+        if sql.startswith("SELECT") and "idempotency_keptanswer" in sql:
+            with connection.cursor() as cursor:
+                cursor.execute("DELETE FROM idempotency_keptanswer")
+        return execute(sql, *args)
+
+    with connection.execute_wrapper(forget_it_first):
+        assert_problem(post(client), 409)
+    assert post(client).status_code == 201
+
+
+def test_a_lock_that_the_post_itself_does_not_get_is_no_matter_of_the_key(api, alice, monkeypatch):
+    def find_a_lock(**_):
+        with connection.cursor() as cursor:
+            cursor.execute("DO $$ BEGIN RAISE lock_not_available; END $$")
+
+    monkeypatch.setattr("voicehelper.conversations.views.create_conversation", find_a_lock)
+    assert_problem(post(api(alice)), 500)
+
+
 @pytest.mark.django_db(transaction=True)
 def test_many_at_once_are_one(api, alice):
     client, answers = api(alice), []

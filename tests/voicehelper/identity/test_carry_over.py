@@ -1,6 +1,8 @@
 """Tokens of rest_framework.authtoken, which kept them in plain text, go on working after the upgrade."""
 
+from datetime import UTC, datetime
 from importlib import import_module
+from uuid import RFC_4122
 
 import pytest
 from django.apps import apps
@@ -8,7 +10,6 @@ from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.contenttypes.models import ContentType
 from django.db import connection
 from django.db.migrations.recorder import MigrationRecorder
-from django.utils import timezone
 from rest_framework.test import APIClient
 
 from tests.voicehelper.conftest import assert_problem
@@ -33,7 +34,7 @@ def before(bob, alice):
     """The database of the version before: bob has a token, and alice's deed about it is in the admin's log."""
     MigrationRecorder(connection).record_applied("authtoken", "0001_initial")
     run(migration.bring_back_the_table)
-    created = timezone.now().replace(year=2025, month=3, day=1)
+    created = datetime(2025, 3, 1, 13, 30, 54, 397_520, tzinfo=UTC)
     with connection.cursor() as cursor:
         cursor.execute(
             "INSERT INTO authtoken_token (key, user_id, created) VALUES (%s, %s, %s)", [KEY, bob.id, created]
@@ -66,6 +67,8 @@ def test_an_old_token_goes_on_working(bob, before):
     assert (token.user, token.created_at, token.expires_at) == (bob, before, None)
     assert (token.prefix, token.scopes, token.state) == (KEY[:8], ["read", "write", "admin"], "valid")
     assert token.last_used_at is not None
+    assert (token.id.version, token.id.variant) == (7, RFC_4122)
+    assert token.id.int >> 80 == int(before.timestamp() * 1000)  # in the order in which they were made
     client.delete(f"/api/v1/tokens/{token.id}")
     assert_problem(client.get("/api/v1/me"), 401)
 

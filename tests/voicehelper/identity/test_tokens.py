@@ -11,6 +11,7 @@ from rest_framework.test import APIClient
 from uuid_utils.compat import uuid7
 
 from tests.voicehelper.conftest import PASSWORD, assert_problem
+from voicehelper.conversations.models import Conversation
 from voicehelper.identity import services, tokens
 from voicehelper.identity.models import ApiToken, Scope, User
 from voicehelper.identity.services import (
@@ -190,6 +191,23 @@ def test_the_admin_site_s_session_is_limited_by_the_role_alone(alice, bob, clien
     assert_problem(client.post("/api/v1/users", {}, content_type="application/json"), 403)
 
 
+def test_beside_a_session_it_is_the_token_that_counts(alice, bob):
+    browser = APIClient(enforce_csrf_checks=True, raise_request_exception=False)
+    browser.force_login(alice)
+    assert_problem(browser.post("/api/v1/conversations", {"title": "x"}, format="json"), 403)  # no CSRF token
+    reader, writer = (create_token(user=bob, name="laptop", scopes=[scope]).text for scope in ("read", "write"))
+    for token, status in ((reader, 403), (writer, 201), (reader[:-1], 401), ("", 401)):
+        browser.credentials(HTTP_AUTHORIZATION=f"Token {token}")
+        assert browser.post("/api/v1/conversations", {"title": "x"}, format="json").status_code == status
+    assert Conversation.objects.get().user == bob
+
+
+def test_no_page_of_another_origin_is_let_in(bob, api):
+    asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    for answer in (api(bob).options(ME, headers=asked), api(bob).get(ME, headers=asked)):
+        assert not [name for name in answer.headers if name.startswith("Access-Control")]
+
+
 @pytest.mark.parametrize("scopes", [[], ["root"], ["read", "root"]])
 def test_the_database_knows_the_scopes(bob, scopes):
     token = make(bob)
@@ -269,6 +287,33 @@ def test_logging_in_again_and_again_keeps_the_newest_tokens(bob, emitted):
     ]
     assert client_with(logins[0].text).get(ME).status_code == 401
     assert client_with(logins[-1].text).get(ME).status_code == 200
+
+
+@pytest.mark.parametrize("by_login", [False, True])
+def test_rotating_again_and_again_leaves_no_more_than_two_valid(bob, by_login, emitted):
+    token = log_in(user=bob).token if by_login else make(bob)
+    for _ in range(4):
+        first, token = token, rotate_token(token=token, grace=timedelta(days=7), by=bob).token
+    assert {valid.id for valid in bob.api_tokens.valid()} == {first.id, token.id}
+    assert [event.payload.reason for event in emitted("identity.token.revoked")] == ["Its replacement was rotated."] * 3
+
+
+@pytest.mark.parametrize("get_token", [make, lambda user: log_in(user=user)])
+def test_what_is_over_for_long_is_forgotten(alice, bob, get_token, monkeypatch):
+    now = timezone.now()
+    revoked, expired, rotated, kept, hers = make(bob), make(bob), make(bob), make(bob), make(alice)
+    revoke_token(token=revoked, reason="lost", by=bob)
+    revoke_token(token=hers, reason="lost", by=bob)
+    ApiToken.objects.filter(id=expired.id).update(expires_at=now)
+    new = rotate_token(token=rotated, grace=timedelta(0), by=bob).token
+    at(now + timedelta(days=89), monkeypatch)
+    get_token(bob)
+    assert bob.api_tokens.count() == 6
+    at(now + timedelta(days=91), monkeypatch)
+    get_token(bob)
+    left = set(bob.api_tokens.values_list("id", flat=True))
+    assert {kept.id, new.id} < left and not left & {revoked.id, expired.id, rotated.id}
+    assert alice.api_tokens.count() == 1
 
 
 def test_a_deactivated_user_gets_no_token(alice, bob):

@@ -11,17 +11,21 @@ from typing import Any
 
 from django.db import migrations
 from django.db.migrations.recorder import MigrationRecorder
-from uuid_utils.compat import uuid7
 
 from voicehelper.identity import tokens
 
 TABLE = "authtoken_token"
 # Before anything is read: a token that somebody gets meanwhile is not lost.
 LOCK = "LOCK TABLE authtoken_token IN ACCESS EXCLUSIVE MODE"
-READ = "SELECT key, user_id, created FROM authtoken_token ORDER BY created"
-WRITE = """
+# In one statement, however many there are. The ids are UUIDs of version 7, of the time when the token was made, and the
+# hash is `tokens.hash_of()`.
+CARRY_OVER = """
 INSERT INTO identity_apitoken (id, user_id, name, scopes, prefix, secret_hash, by_login, created_at)
-VALUES (%s, %s, 'before scopes', ARRAY['read', 'write', 'admin'], %s, %s, false, %s)
+SELECT (left(ms, 8) || '-' || right(ms, 4) || '-7' || substr(gen_random_uuid()::text, 16))::uuid,
+       user_id, 'before scopes', ARRAY['read', 'write', 'admin'], left(key, %s),
+       encode(sha256(convert_to(key, 'UTF8')), 'hex'), false, created
+  FROM authtoken_token
+ CROSS JOIN LATERAL (SELECT lpad(to_hex(floor(extract(epoch FROM created) * 1000)::bigint), 12, '0')) AS time (ms)
 """
 DROP = "DROP TABLE authtoken_token"
 CLEAN_LOG = """
@@ -43,12 +47,7 @@ def carry_over(apps: Any, schema_editor: Any) -> None:
         if TABLE not in connection.introspection.table_names(cursor):
             return
         cursor.execute(LOCK)
-        cursor.execute(READ)
-        rows = [
-            (uuid7(), user_id, key[: tokens.SHOWN_OF_AN_OLD_TOKEN], tokens.hash_of(key), created)
-            for key, user_id, created in cursor.fetchall()
-        ]
-        cursor.executemany(WRITE, rows)
+        cursor.execute(CARRY_OVER, [tokens.SHOWN_OF_AN_OLD_TOKEN])
         cursor.execute(DROP)
         cursor.execute(CLEAN_LOG, [tokens.SHOWN_OF_AN_OLD_TOKEN])
 
