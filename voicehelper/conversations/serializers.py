@@ -29,6 +29,7 @@ class ConversationSerializer(serializers.ModelSerializer[Conversation]):
             *("id", "title", "mode", "status", "user_id", "message_count", "created_at", "updated_at", "ended_at"),
             "failure_reason",
         ]
+        read_only_fields = fields
 
 
 class MessageSerializer(serializers.ModelSerializer[Message]):
@@ -41,3 +42,4 @@ class MessageSerializer(serializers.ModelSerializer[Message]):
             *("id", "conversation_id", "user_id", "position", "role", "content", "duration_ms", "created_at"),
             *("model", "input_tokens", "output_tokens", "cost_dollars", "latency_seconds"),
         ]
+        read_only_fields = fields

@@ -8,6 +8,7 @@ from django.db.models import QuerySet
 from django.http import Http404, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404
+from drf_spectacular.utils import extend_schema
 from rest_framework import generics, status
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.renderers import JSONRenderer
@@ -18,6 +19,7 @@ from rest_framework.views import APIView
 from voicehelper.assistant.providers import ProviderFailed
 from voicehelper.idempotency.once import once
 from voicehelper.identity.permissions import member_of
+from voicehelper.openapi import Problem
 from voicehelper.pagination import ByPosition
 
 from .models import Conversation, Message
@@ -78,6 +80,7 @@ class ConversationsView(generics.ListAPIView[Conversation]):
     def get_queryset(self) -> QuerySet[Conversation]:
         return Conversation.objects.for_tenant(member_of(self.request).own_tenant_id)
 
+    @extend_schema(request=NewConversation, responses={201: ConversationSerializer})
     @once
     def post(self, request: Request) -> Response:
         new = NewConversation(data=request.data)
@@ -98,6 +101,7 @@ class ConversationView(generics.RetrieveAPIView[Conversation]):
 class CompleteConversationView(APIView):
     """POST that a conversation has done what it was opened for; 409 when it has ended."""
 
+    @extend_schema(request=None, responses=ConversationSerializer)
     @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
@@ -108,6 +112,7 @@ class CompleteConversationView(APIView):
 class FailConversationView(APIView):
     """POST that a conversation has ended without success; 409 when it has ended."""
 
+    @extend_schema(request=None, responses=ConversationSerializer)
     @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
@@ -129,6 +134,7 @@ class ConversationMessagesView(generics.ListAPIView[Message]):
 class MessagesView(APIView):
     """POST a message to a conversation; 409 when it has ended."""
 
+    @extend_schema(request=NewMessage, responses={201: MessageSerializer, 404: Problem})
     @once
     def post(self, request: Request) -> Response:
         new = NewMessage(data=request.data)
@@ -155,6 +161,14 @@ class RepliesView(APIView):
 
     renderer_classes = [EventStreamRenderer, JSONRenderer]
 
+    @extend_schema(
+        request=None,
+        responses={
+            (200, EventStreamRenderer.media_type): str,
+            (201, JSONRenderer.media_type): MessageSerializer,
+            **dict.fromkeys((409, 502, 503, 504), Problem),
+        },
+    )
     def post(self, request: Request, pk: UUID) -> HttpResponseBase:
         user = member_of(request)
         with refusals():

@@ -78,6 +78,7 @@ def once(post: Post[View, More]) -> Post[View, More]:
                 raise UnderWay from error
             raise
 
+    heeding.heeds_keys = True  # type: ignore[attr-defined]  # for the API's description
     return cast(Post[View, More], heeding)
 
 

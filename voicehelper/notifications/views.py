@@ -17,6 +17,7 @@ from rest_framework.views import APIView
 
 from voicehelper.identity.models import User
 from voicehelper.identity.permissions import IsTenantMember, member_of
+from voicehelper.openapi import Problem
 
 from .kinds import KINDS, USER_CHANNELS
 from .models import Delivery, Notification, NotificationPreference, WebhookEndpoint
@@ -68,6 +69,7 @@ class NotificationsView(generics.ListAPIView[Notification]):
 class NotificationReadView(APIView):
     """POST to mark one's notification as read."""
 
+    @extend_schema(request=None, responses=NotificationSerializer)
     def post(self, request: Request, pk: UUID) -> Response:
         try:
             notification = mark_read(recipient=member_of(request), notification_id=pk)
@@ -141,7 +143,7 @@ class OfTenantAdmins(generics.GenericAPIView[WebhookEndpoint]):
 class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
     """GET the tenant's webhooks, newest first; POST a new one: the answer has its secret, this once."""
 
-    @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer})
+    @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer, 409: Problem})
     def post(self, request: Request) -> Response:
         new = NewWebhook(data=request.data)
         new.is_valid(raise_exception=True)
@@ -161,6 +163,7 @@ class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
             endpoint = change_webhook(by=member_of(request), endpoint_id=pk, **changed.validated_data)
         return Response(WebhookSerializer(endpoint).data)
 
+    @extend_schema(responses={204: None})
     def delete(self, request: Request, pk: UUID) -> Response:
         with refusals():
             delete_webhook(by=member_of(request), endpoint_id=pk)
