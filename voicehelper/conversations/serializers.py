@@ -32,6 +32,15 @@ class ConversationSerializer(serializers.ModelSerializer[Conversation]):
         read_only_fields = fields
 
 
+class ReplyEvent(serializers.Serializer[Any]):
+    """One server-sent event of a reply: `replies.EventStream` says what comes, and when."""
+
+    event = serializers.ChoiceField(choices=["token", "restart", "message", "error"])
+    data = serializers.CharField(
+        help_text='JSON: `{"text": ...}` of a token, the Message that is stored, the Problem of an error.'
+    )
+
+
 class MessageSerializer(serializers.ModelSerializer[Message]):
     conversation_id = serializers.UUIDField(read_only=True)
     user_id = serializers.UUIDField(read_only=True)

@@ -24,7 +24,7 @@ from voicehelper.pagination import ByPosition
 
 from .models import Conversation, Message
 from .replies import ENDED, FAILURES, LOST, EventStream, whole_reply
-from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage
+from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage, ReplyEvent
 from .services import (
     ConversationEnded,
     NothingToAnswer,
@@ -164,7 +164,7 @@ class RepliesView(APIView):
     @extend_schema(
         request=None,
         responses={
-            (200, EventStreamRenderer.media_type): str,
+            (200, EventStreamRenderer.media_type): ReplyEvent,
             (201, JSONRenderer.media_type): MessageSerializer,
             **dict.fromkeys((409, 502, 503, 504), Problem),
         },
