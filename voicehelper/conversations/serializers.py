@@ -36,7 +36,7 @@ class ReplyEvent(serializers.Serializer[Any]):
     """One server-sent event of a reply: `replies.EventStream` says what comes, and when."""
 
     event = serializers.ChoiceField(choices=["token", "restart", "message", "error"])
-    data = serializers.CharField(
+    data = serializers.CharField(  # type: ignore[assignment]  # no attribute: a field
         help_text='JSON: `{"text": ...}` of a token, the Message that is stored, the Problem of an error.'
     )
 
