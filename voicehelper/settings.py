@@ -187,10 +187,11 @@ SPECTACULAR_SETTINGS: dict[str, Any] = {
     "VERSION": "1.0.0",  # of the API, not of the service
     "DESCRIPTION": (
         "Log in at `/api/v1/auth/token`, or make a token, and send it as `Authorization: Token vh_...` (`Bearer` does, "
-        "too). Errors are problem details (RFC 9457). Lists come in pages: go on at `next`. Every answer has an "
-        "`X-Correlation-ID`: the request's own, if it has one."
+        "too); a browser that is logged in at the admin site needs none. Errors are problem details (RFC 9457). Lists "
+        "come in pages: go on at `next`. Every answer has an `X-Correlation-ID`: the request's own, if it has one."
     ),
     "SCHEMA_PATH_PREFIX": "/api/v1",
+    "AUTHENTICATION_WHITELIST": ["voicehelper.identity.authentication.ApiTokenAuthentication"],
     "SERVE_INCLUDE_SCHEMA": False,
     "SERVE_AUTHENTICATION": [],
     "COMPONENT_SPLIT_REQUEST": True,
