@@ -112,9 +112,10 @@ class Operation(AutoSchema):
         return [*super().get_override_parameters(), *([IDEMPOTENCY_KEY] if self._heeds_keys() else [])]
 
     def get_summary(self) -> str:
-        """What the first line of the docstring says of this method."""
-        parts = _NEXT_METHOD.split(self._docstring().partition("\n\n")[0].replace("\n", " ").rstrip("."))
-        return next((part for part in parts if part.startswith(self.method)), parts[0])
+        """What the first line of the docstring says of this method, to be read after the method's name."""
+        parts = _NEXT_METHOD.split(self._docstring().partition("\n\n")[0].replace("`", "").rstrip("."))
+        part = next((part for part in parts if part.startswith(self.method)), parts[0])
+        return part.removeprefix(self.method).lstrip(": ")
 
     def get_description(self) -> str:  # type: ignore[override]  # as in drf-spectacular
         is_scoped = any(isinstance(permission, HasScope) for permission in self.view.get_permissions())

@@ -92,6 +92,14 @@ def test_the_idempotency_key_is_described_where_it_is_heeded(api, bob):
             assert (b"Idempotency-Key" in answer.content) == (label in heeding), label
 
 
+def test_a_summary_is_what_the_docstring_says_of_the_method():
+    summaries = {label: operation["summary"] for label, operation in operations()}
+    assert summaries["GET /api/v1/webhooks/{id}"] == "a webhook"
+    assert summaries["PATCH /api/v1/webhooks/{id}"] == "what it is told of, or whether at all"
+    assert summaries["DELETE /api/v1/webhooks/{id}"] == "it"
+    assert summaries["POST /api/v1/conversations/{id}/replies"].startswith("the assistant replies")
+
+
 def test_a_token_s_scope_is_said():
     scopes = {label: re.findall(r"scope `(\w+)`\.$", operation["description"]) for label, operation in operations()}
     assert scopes["GET /api/v1/users"] == ["read"]
