@@ -49,7 +49,7 @@ def test_the_page_is_built_of_files_that_are_there(client):
     for address in re.findall(r'(?:src|href)="(/static[^"]*)"', page):
         answer = client.get(address)
         assert answer.status_code == 200, address
-        answer.close()
+        assert answer.getvalue()  # which closes the file as well
 
 
 @pytest.mark.parametrize(("label", "operation"), operations())
