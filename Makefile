@@ -43,7 +43,7 @@ coverage: $(INSTALLED) ## the test suite with branch coverage (of the test proce
 	.venv/bin/coverage run -m pytest $(ARGS)
 	.venv/bin/coverage report --skip-covered --show-missing
 
-lint: $(INSTALLED) proto-check ## style, types, generated code, migrations, deployment checks
+lint: $(INSTALLED) proto-check ## style, types, generated code, migrations, the API's description, deployment checks
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/bandit -q -c pyproject.toml -r events_outbox monitoring voicehelper manage.py
