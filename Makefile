@@ -43,12 +43,13 @@ coverage: $(INSTALLED) ## the test suite with branch coverage (of the test proce
 	.venv/bin/coverage run -m pytest $(ARGS)
 	.venv/bin/coverage report --skip-covered --show-missing
 
-lint: $(INSTALLED) proto-check ## style, types, generated code, migrations, deployment checks
+lint: $(INSTALLED) proto-check ## style, types, generated code, migrations, the API's description, deployment checks
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/bandit -q -c pyproject.toml -r events_outbox monitoring voicehelper manage.py
 	$(NO_SERVICES) .venv/bin/mypy
 	$(NO_SERVICES) $(VENV_PYTHON) -W ignore::RuntimeWarning manage.py makemigrations --check --dry-run
+	$(NO_SERVICES) $(VENV_PYTHON) manage.py spectacular --validate --fail-on-warn --file /dev/null
 	$(NO_SERVICES) VOICEHELPER_ENV=prod DJANGO_ALLOWED_HOSTS=example.org \
 	    DJANGO_SECRET_KEY="$$($(VENV_PYTHON) -c 'import secrets; print(secrets.token_urlsafe(64))')" \
 	    $(VENV_PYTHON) manage.py check --deploy --fail-level WARNING

@@ -11,6 +11,7 @@ from django.core.exceptions import RequestDataTooBig
 from django.http import HttpRequest, HttpResponseBase, JsonResponse
 from django.views import defaults
 from rest_framework.exceptions import APIException, ValidationError
+from rest_framework.renderers import JSONRenderer
 from rest_framework.response import Response
 from rest_framework.views import exception_handler
 
@@ -54,6 +55,8 @@ def problem_response(exception: Exception, context: dict[str, Any]) -> Response 
         detail = str(response.data["detail"])
     response.data = problem(status=response.status_code, detail=detail, path=context["request"].path, errors=errors)
     response.content_type = CONTENT_TYPE
+    # Whatever the view renders when all is well.
+    context["request"].accepted_renderer, context["request"].accepted_media_type = JSONRenderer(), CONTENT_TYPE
     return response
 
 

@@ -57,6 +57,8 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.staticfiles",
     "rest_framework",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
     "django_prometheus",
     "monitoring",
     "events_outbox",
@@ -196,7 +198,34 @@ REST_FRAMEWORK = {
     "DEFAULT_RENDERER_CLASSES": ["rest_framework.renderers.JSONRenderer"],
     "DEFAULT_PARSER_CLASSES": ["voicehelper.parsers.JSONParser"],
     "EXCEPTION_HANDLER": "voicehelper.problems.problem_response",
+    "DEFAULT_SCHEMA_CLASS": "voicehelper.openapi.Operation",
+    "URL_FORMAT_OVERRIDE": None,  # the form of an answer is asked for with Accept alone
     "PAGE_SIZE": 50,
+}
+SPECTACULAR_SETTINGS: dict[str, Any] = {
+    "TITLE": "VoiceHelper",
+    "VERSION": "1.0.0",  # of the API, not of the service
+    "DESCRIPTION": (
+        "Log in at `/api/v1/auth/token`, or make a token, and send it as `Authorization: Token vh_...` (`Bearer` does, "
+        "too); a browser that is logged in at the admin site needs none. Errors are problem details (RFC 9457). Lists "
+        "come in pages: go on at `next`. Every answer has an `X-Correlation-ID`: the request's own, if it has one."
+    ),
+    "SCHEMA_PATH_PREFIX": "/api/v1",
+    "AUTHENTICATION_WHITELIST": ["voicehelper.identity.authentication.ApiTokenAuthentication"],
+    "SERVE_INCLUDE_SCHEMA": False,
+    "SERVE_AUTHENTICATION": [],
+    "COMPONENT_SPLIT_REQUEST": True,
+    "ENUM_NAME_OVERRIDES": {
+        "UserRoleEnum": "voicehelper.identity.models.User.Role",
+        "MessageRoleEnum": "voicehelper.conversations.models.Message.Role",
+        "TokenStateEnum": "voicehelper.identity.models.ApiToken.State",
+        "DeliveryStateEnum": "voicehelper.notifications.models.Delivery.State",
+        "KindEnum": "voicehelper.notifications.serializers.KIND_CHOICES",
+    },
+    # Nothing from elsewhere: the page's files are the sidecar's, and nobody else's validator is asked.
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    "SWAGGER_UI_SETTINGS": {"deepLinking": True, "validatorUrl": None},
 }
 # Of all users of a tenant together; 0 is no limit.
 TENANT_REQUESTS_PER_MINUTE = tenant_requests_per_minute(os.environ)

@@ -3,8 +3,12 @@
 from django.contrib import admin
 from django.urls import include, path
 
+from voicehelper.api_docs import DescriptionView, DocsView
+
 urlpatterns = [
     path("admin/", admin.site.urls),
+    path("api/v1/schema/", DescriptionView.as_view(), name="api-description"),
+    path("api/v1/docs/", DocsView.as_view()),
     path("api/v1/", include("voicehelper.identity.urls")),
     path("api/v1/", include("voicehelper.conversations.urls")),
     path("api/v1/", include("voicehelper.knowledge.urls")),

@@ -223,6 +223,17 @@ def test_light_and_dark_are_chosen_with_the_keyboard(product, window):
     expect(console.page.locator("html")).to_have_class(re.compile("dark"))
 
 
+def test_the_api_s_docs_are_read_and_tried(window):
+    console = window()
+    assert console.open("/api/v1/docs/") == 200
+    operation = console.page.locator("#operations-tenant-tenant_retrieve")
+    expect(operation).to_contain_text("/api/v1/tenant")
+    operation.locator(".opblock-summary").click()
+    operation.get_by_role("button", name="Try it out").click()
+    operation.get_by_role("button", name="Execute").click()
+    expect(operation.locator(".live-responses-table")).to_contain_text('"name": "Demo"')  # as whom the browser is
+
+
 @pytest.fixture(scope="module")
 def pages(product):
     """Every page, by name, with something on it."""

@@ -29,6 +29,16 @@ class ConversationSerializer(serializers.ModelSerializer[Conversation]):
             *("id", "title", "mode", "status", "user_id", "message_count", "created_at", "updated_at", "ended_at"),
             "failure_reason",
         ]
+        read_only_fields = fields
+
+
+class ReplyEvent(serializers.Serializer[Any]):
+    """One server-sent event of a reply: `replies.EventStream` says what comes, and when."""
+
+    event = serializers.ChoiceField(choices=["token", "restart", "message", "error"])
+    data = serializers.CharField(  # type: ignore[assignment]  # no attribute: a field
+        help_text='JSON: `{"text": ...}` of a token, the Message that is stored, the Problem of an error.'
+    )
 
 
 class MessageSerializer(serializers.ModelSerializer[Message]):
@@ -41,3 +51,4 @@ class MessageSerializer(serializers.ModelSerializer[Message]):
             *("id", "conversation_id", "user_id", "position", "role", "content", "duration_ms", "created_at"),
             *("model", "input_tokens", "output_tokens", "cost_dollars", "latency_seconds"),
         ]
+        read_only_fields = fields

@@ -9,6 +9,7 @@ from django.db.models import QuerySet
 from django.http import Http404, StreamingHttpResponse
 from django.http.response import HttpResponseBase
 from django.shortcuts import get_object_or_404
+from drf_spectacular.utils import extend_schema
 from rest_framework import generics, status
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.renderers import JSONRenderer
@@ -19,11 +20,12 @@ from rest_framework.views import APIView
 from voicehelper.assistant.providers import ProviderFailed
 from voicehelper.idempotency.once import once, refuses_key
 from voicehelper.identity.permissions import member_of
+from voicehelper.openapi import Problem
 from voicehelper.pagination import ByPosition
 
 from .models import Conversation, Message
 from .replies import ENDED, FAILURES, LOST, EventStream, TooManyReplies, whole_reply
-from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage
+from .serializers import ConversationSerializer, MessageSerializer, NewConversation, NewMessage, ReplyEvent
 from .services import (
     ConversationEnded,
     NothingToAnswer,
@@ -87,6 +89,7 @@ class ConversationsView(generics.ListAPIView[Conversation]):
     def get_queryset(self) -> QuerySet[Conversation]:
         return Conversation.objects.for_tenant(member_of(self.request).own_tenant_id)
 
+    @extend_schema(request=NewConversation, responses={201: ConversationSerializer})
     @once
     def post(self, request: Request) -> Response:
         new = NewConversation(data=request.data)
@@ -107,6 +110,7 @@ class ConversationView(generics.RetrieveAPIView[Conversation]):
 class CompleteConversationView(APIView):
     """POST that a conversation has done what it was opened for; 409 when it has ended."""
 
+    @extend_schema(request=None, responses=ConversationSerializer)
     @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
@@ -117,6 +121,7 @@ class CompleteConversationView(APIView):
 class FailConversationView(APIView):
     """POST that a conversation has ended without success; 409 when it has ended."""
 
+    @extend_schema(request=None, responses=ConversationSerializer)
     @once
     def post(self, request: Request, pk: UUID) -> Response:
         with refusals():
@@ -138,6 +143,7 @@ class ConversationMessagesView(generics.ListAPIView[Message]):
 class MessagesView(APIView):
     """POST a message to a conversation; 409 when it has ended."""
 
+    @extend_schema(request=NewMessage, responses={201: MessageSerializer, 404: Problem})
     @once
     def post(self, request: Request) -> Response:
         new = NewMessage(data=request.data)
@@ -170,6 +176,14 @@ class RepliesView(APIView):
         answer.content_type = JSONRenderer.media_type  # whatever is accepted: it is no stream
         return answer
 
+    @extend_schema(
+        request=None,
+        responses={
+            (200, EventStreamRenderer.media_type): ReplyEvent,
+            (201, JSONRenderer.media_type): MessageSerializer,
+            **dict.fromkeys((409, 502, 503, 504), Problem),
+        },
+    )
     @refuses_key
     def post(self, request: Request, pk: UUID) -> HttpResponseBase:
         user = member_of(request)

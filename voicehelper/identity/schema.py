@@ -10,4 +10,8 @@ class ApiTokenScheme(OpenApiAuthenticationExtension):  # type: ignore[no-untyped
     name = "token"
 
     def get_security_definition(self, auto_schema: Any) -> dict[str, Any]:
-        return {"type": "http", "scheme": "bearer", "description": "An API token, `vh_...`."}
+        return {
+            "type": "http",
+            "scheme": "bearer",
+            "description": "An API token, `vh_...`; the header may also begin with `Token`.",
+        }

@@ -37,6 +37,7 @@ class MeSerializer(serializers.ModelSerializer[User]):
 
 
 class UserSerializer(serializers.ModelSerializer[User]):
+    email = serializers.CharField(read_only=True, help_text="Empty where the user has none.")
     created_at = serializers.DateTimeField(source="date_joined", read_only=True)
 
     class Meta:
@@ -111,7 +112,7 @@ class LoginAnswer(serializers.Serializer[Any]):
 class NewToken(serializers.Serializer[Any]):
     name = serializers.CharField(max_length=ApiToken.NAME_MAX_CHARS)
     scopes = serializers.ListField(
-        child=serializers.ChoiceField(choices=Scope.choices), allow_empty=False, max_length=len(Scope)
+        child=serializers.ChoiceField(choices=Scope.choices), min_length=1, max_length=len(Scope)
     )
     expires_at = serializers.DateTimeField(allow_null=True, default=None, help_text="Left out: it does not expire.")
 

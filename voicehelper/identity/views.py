@@ -22,6 +22,7 @@ from rest_framework.views import APIView
 
 from voicehelper.caching import need_match
 from voicehelper.idempotency.once import once, refuses_key
+from voicehelper.openapi import Problem
 
 from .models import ApiToken, IssuedToken, Scope, Tenant, User
 from .permissions import AdminsChange, HasScope, IsTenantMember, member_of
@@ -72,7 +73,7 @@ class TokenView(APIView):
     permission_classes = (AllowAny,)
     throttle_classes = (LoginThrottle,)
 
-    @extend_schema(request=AuthTokenSerializer, responses=LoginAnswer)
+    @extend_schema(request=AuthTokenSerializer, responses={200: LoginAnswer, 409: Problem})
     @refuses_key
     def post(self, request: Request) -> Response:
         credentials = AuthTokenSerializer(data=request.data, context={"request": request})
@@ -137,7 +138,7 @@ class UserView(generics.RetrieveAPIView[User]):
     def get_queryset(self) -> QuerySet[User]:
         return User.objects.filter(tenant_id=member_of(self.request).own_tenant_id)
 
-    @extend_schema(request=UserChange, responses=UserSerializer)
+    @extend_schema(request=UserChange, responses={200: UserSerializer, 409: Problem})
     def patch(self, request: Request, pk: UUID) -> Response:
         by, user = member_of(request), get_object_or_404(self.get_queryset(), pk=pk)
         change = UserChange(data=request.data)
@@ -181,7 +182,7 @@ class TokensView(generics.ListAPIView[ApiToken]):
     def get(self, request: Request, *args: Any, **kwargs: Any) -> Response:
         return super().get(request, *args, **kwargs)
 
-    @extend_schema(request=NewToken, responses={201: IssuedTokenSerializer})
+    @extend_schema(request=NewToken, responses={201: IssuedTokenSerializer, 409: Problem})
     @refuses_key
     def post(self, request: Request) -> Response:
         user = member_of(request)
@@ -200,7 +201,7 @@ class RotateTokenView(APIView):
 
     scopes = {"POST": Scope.ADMIN}
 
-    @extend_schema(request=Rotation, responses={201: IssuedTokenSerializer})
+    @extend_schema(request=Rotation, responses={201: IssuedTokenSerializer, 409: Problem})
     @refuses_key
     def post(self, request: Request, pk: UUID) -> Response:
         user = member_of(request)

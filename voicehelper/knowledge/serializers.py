@@ -36,6 +36,7 @@ class DocumentSerializer(serializers.ModelSerializer[Document]):
             "updated_at",
             "indexed_at",
         ]
+        read_only_fields = fields
 
 
 class SearchQuery(serializers.Serializer[Any]):

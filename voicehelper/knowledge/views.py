@@ -8,7 +8,7 @@ from django.http import Http404, HttpResponse
 from django.shortcuts import get_object_or_404
 from django.utils.http import content_disposition_header
 from drf_spectacular.types import OpenApiTypes
-from drf_spectacular.utils import OpenApiResponse, extend_schema
+from drf_spectacular.utils import extend_schema
 from rest_framework import generics, status
 from rest_framework.exceptions import APIException, ValidationError
 from rest_framework.parsers import MultiPartParser
@@ -18,6 +18,7 @@ from rest_framework.views import APIView
 
 from voicehelper.idempotency.once import once
 from voicehelper.identity.permissions import member_of
+from voicehelper.openapi import Problem
 from voicehelper.problems import BodyTooLarge
 
 from .conf import knowledge_settings
@@ -99,7 +100,7 @@ class DocumentContentView(APIView):
     def perform_content_negotiation(self, request: Request, force: bool = False) -> Any:
         return super().perform_content_negotiation(request, force=True)  # the file is what it is, whatever is accepted
 
-    @extend_schema(responses={(200, "application/octet-stream"): OpenApiResponse(OpenApiTypes.BINARY)})
+    @extend_schema(responses={(200, *Document.ContentType.values): OpenApiTypes.BINARY})
     def get(self, request: Request, pk: UUID) -> HttpResponse:
         own = Document.objects.for_tenant(member_of(request).own_tenant_id)
         document = get_object_or_404(own, pk=pk)
@@ -115,7 +116,7 @@ class DocumentContentView(APIView):
 class SearchView(APIView):
     """GET the pieces of the tenant's documents that are nearest to `q`, the best first."""
 
-    @extend_schema(parameters=[SearchQuery], responses=SearchResults)
+    @extend_schema(parameters=[SearchQuery], responses={200: SearchResults, 503: Problem})
     def get(self, request: Request) -> Response:
         query = SearchQuery(data=request.query_params)
         query.is_valid(raise_exception=True)

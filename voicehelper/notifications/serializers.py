@@ -16,6 +16,7 @@ class NotificationSerializer(serializers.ModelSerializer[Notification]):
     class Meta:
         model = Notification
         fields = ["id", "kind", "aggregate_id", "subject", "body", "created_at", "read_at"]
+        read_only_fields = fields
 
 
 class PreferenceSerializer(serializers.Serializer[Any]):
@@ -56,6 +57,7 @@ class WebhookSerializer(serializers.ModelSerializer[WebhookEndpoint]):
     class Meta:
         model = WebhookEndpoint
         fields = ["id", "url", "description", "kinds", "active", "failures", "created_at"]
+        read_only_fields = fields
 
 
 class WebhookWithSecretSerializer(WebhookSerializer):
@@ -63,6 +65,7 @@ class WebhookWithSecretSerializer(WebhookSerializer):
 
     class Meta(WebhookSerializer.Meta):
         fields = [*WebhookSerializer.Meta.fields, "secret"]
+        read_only_fields = fields
 
     def get_secret(self, endpoint: WebhookEndpoint) -> str:
         return secret_of(endpoint)
@@ -82,3 +85,4 @@ class WebhookDeliverySerializer(serializers.ModelSerializer[Delivery]):
             "created_at",
             "finished_at",
         ]
+        read_only_fields = fields

@@ -21,6 +21,7 @@ from voicehelper.caching import need_match
 from voicehelper.idempotency.once import once, refuses_key
 from voicehelper.identity.models import User
 from voicehelper.identity.permissions import HasScope, IsTenantMember, member_of
+from voicehelper.openapi import Problem
 
 from .kinds import KINDS, USER_CHANNELS
 from .models import Delivery, Notification, NotificationPreference, WebhookEndpoint
@@ -76,6 +77,7 @@ class NotificationsView(generics.ListAPIView[Notification]):
 class NotificationReadView(APIView):
     """POST to mark one's notification as read."""
 
+    @extend_schema(request=None, responses=NotificationSerializer)
     @once
     def post(self, request: Request, pk: UUID) -> Response:
         try:
@@ -158,7 +160,7 @@ class OfTenantAdmins(generics.GenericAPIView[WebhookEndpoint]):
 class WebhooksView(OfTenantAdmins, generics.ListAPIView[WebhookEndpoint]):
     """GET the tenant's webhooks, newest first; POST a new one: the answer has its secret, this once."""
 
-    @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer})
+    @extend_schema(request=NewWebhook, responses={201: WebhookWithSecretSerializer, 409: Problem})
     @refuses_key
     def post(self, request: Request) -> Response:
         new = NewWebhook(data=request.data)
@@ -182,6 +184,7 @@ class WebhookView(OfTenantAdmins, generics.RetrieveAPIView[WebhookEndpoint]):
             endpoint = change_webhook(by=by, endpoint_id=pk, **changed.validated_data)
         return Response(WebhookSerializer(endpoint).data)
 
+    @extend_schema(responses={204: None})
     def delete(self, request: Request, pk: UUID) -> Response:
         with refusals():
             delete_webhook(by=member_of(request), endpoint_id=pk)
