@@ -76,7 +76,7 @@ def test_errors_are_named_where_they_can_happen():
     }
 
 
-def test_the_idempotency_key_is_described_where_it_is_heeded(api, bob):
+def test_the_idempotency_key_is_described_where_it_is_heeded(api, alice):
     heeding = {
         label
         for label, operation in operations()
@@ -84,7 +84,7 @@ def test_the_idempotency_key_is_described_where_it_is_heeded(api, bob):
     }
     assert "POST /api/v1/messages" in heeding
     assert not any(label.startswith("GET") for label in heeding)
-    client = api(bob)
+    client = api(alice)
     for label, operation in operations():
         path = label.partition(" ")[2]
         if label.startswith("POST") and "{" not in path and operation["security"] != [{}]:
