@@ -49,10 +49,13 @@ IDEMPOTENCY_KEY = OpenApiParameter(
     description="However often a request is sent with one key, it is done once, and answered the same each time.",
 )
 ETAG = {"ETag": {"schema": _TEXT, "description": "Another one as soon as anything in the answer is another."}}
-_IF = OpenApiParameter.HEADER
 CONDITIONS = {
-    "GET": OpenApiParameter("If-None-Match", str, _IF, description="An ETag: the answer is 304 while it is the same."),
-    "PUT": OpenApiParameter("If-Match", str, _IF, description="An ETag: nothing is changed when it is another."),
+    "GET": OpenApiParameter(
+        "If-None-Match", str, OpenApiParameter.HEADER, description="An ETag: the answer is 304 while it is the same."
+    ),
+    "PUT": OpenApiParameter(
+        "If-Match", str, OpenApiParameter.HEADER, description="An ETag: nothing is changed when it is another."
+    ),
 }
 CONDITIONS["PATCH"] = CONDITIONS["PUT"]
 _NEXT_METHOD = re.compile(r"; (?=(?:GET|POST|PUT|PATCH|DELETE) )")
