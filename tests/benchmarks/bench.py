@@ -57,6 +57,7 @@ class Scale:
     series: int = 10_000
     admin_rows: int = 10_000_000
     service_seconds: int = 10
+    warm_up_events: int = 5_000
 
 
 FULL = Scale()
@@ -83,6 +84,7 @@ QUICK = Scale(
     series=1_000,
     admin_rows=300_000,
     service_seconds=2,
+    warm_up_events=200,
 )
 
 
