@@ -1,49 +1,18 @@
 """Limits on guessing, and on how much a tenant may ask for."""
 
 import hashlib
-import logging
 import time
 from typing import Any
 
 from django.conf import settings
-from django.core.cache import BaseCache, caches
 from rest_framework.request import Request
 from rest_framework.throttling import BaseThrottle
 
+from voicehelper.shared_cache import SharedOrOwnCache
+
 from .models import User
 
-logger = logging.getLogger(__name__)
-
 LOGINS_PER_MINUTE = 20
-
-
-class SharedOrOwnCache:
-    """The default cache; while it cannot be reached, that of this process, because nobody should be locked out."""
-
-    AWAY_SECONDS = 5
-    """How long one that could not be reached is not asked again: a request may wait for it, not all of them."""
-
-    def __init__(self) -> None:
-        self._away_until = 0.0
-
-    def count(self, key: str, timeout: int) -> int:
-        """Add one to a counter that is kept for `timeout` seconds; return what it comes to. No count is lost."""
-        if time.monotonic() >= self._away_until:
-            try:
-                return _count(caches["default"], key, timeout)
-            except Exception as error:
-                self._away_until = time.monotonic() + self.AWAY_SECONDS
-                name = type(error).__name__
-                logger.warning("the cache cannot be reached: each process limits for itself (%s)", name)
-        return _count(caches["process"], key, timeout)
-
-
-def _count(cache: BaseCache, key: str, timeout: int) -> int:
-    try:
-        return cache.incr(key)
-    except ValueError:  # it is not there yet
-        cache.add(key, 0, timeout)  # of many at once one does
-        return cache.incr(key)
 
 
 class MinuteThrottle(BaseThrottle):

@@ -1,16 +1,25 @@
 """Search in a tenant's documents."""
 
+import hashlib
 import time
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
+from voicehelper.shared_cache import SharedOrOwnCache
+
 from .conf import knowledge_settings
-from .embedding import EmbedderUnavailable, embedder
+from .embedding import Embedder, EmbedderUnavailable, HashedNgrams, embedder
 from .models import Document
 from .vectors import VectorsUnavailable, milvus, vector_store
 
 MAX_LIMIT = 50
 MAX_QUERY_CHARS = 4_000
+VECTOR_KEPT_SECONDS = 24 * 3600
+"""How long a query's vector is in the cache: people of a tenant ask the same again."""
+
+_cache = SharedOrOwnCache()
 
 
 class SearchUnavailable(Exception):
@@ -46,7 +55,7 @@ def search(*, tenant_id: UUID, query: str, limit: int = 5, timeout_seconds: floa
     store, model = vector_store(), embedder()
     deadline = time.monotonic() + (timeout_seconds or knowledge_settings().search_timeout_seconds)
     try:
-        [vector] = model.embed([query], timeout_seconds=_left(deadline))
+        vector = _vector_of(query, model, tenant_id, deadline)
         hits = store.search(
             store.collection(model),
             tenant_id=tenant_id,
@@ -66,6 +75,20 @@ def search(*, tenant_id: UUID, query: str, limit: int = 5, timeout_seconds: floa
         if hit.document_id in titles
     ]
     return found[:limit]
+
+
+def _vector_of(query: str, model: Embedder, tenant_id: UUID, deadline: float) -> Sequence[float]:
+    """The query's vector, out of the cache where an embedder takes time and money."""
+    if isinstance(model, HashedNgrams):
+        return model.embed([query])[0]
+    # By tenant: how quick an answer is must not tell what others have asked.
+    text = f"{tenant_id}\n{model.name}\n{model.dimension}\n{query}".encode("utf-8", "backslashreplace")
+    key = f"query-vector:{hashlib.sha256(text).hexdigest()}"
+    vector: Sequence[float] | None = _cache.get(key)
+    if vector is None:
+        vector = array("f", model.embed([query], timeout_seconds=_left(deadline))[0])
+        _cache.set(key, vector, VECTOR_KEPT_SECONDS)
+    return vector
 
 
 def _left(deadline: float) -> float:

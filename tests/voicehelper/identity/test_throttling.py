@@ -11,7 +11,8 @@ from tests.monitoring.conftest import counted
 from tests.voicehelper.conftest import PASSWORD, assert_problem
 from voicehelper.identity.conf import tenant_requests_per_minute
 from voicehelper.identity.services import register_user
-from voicehelper.identity.throttling import LoginThrottle, MinuteThrottle, SharedOrOwnCache
+from voicehelper.identity.throttling import LoginThrottle, MinuteThrottle
+from voicehelper.shared_cache import SharedOrOwnCache
 
 ME = "/api/v1/me"
 LOGIN = "/api/v1/auth/token"

@@ -2,12 +2,23 @@ import time
 import uuid
 
 import pytest
+from django.core.cache import caches
 from django.db import connection
 from django.test.utils import CaptureQueriesContext
 
 from events_outbox.testing import handle_now
+from tests.monitoring.conftest import counted
+from tests.services import free_ports
 from voicehelper.knowledge.models import Document
 from voicehelper.knowledge.search import MAX_LIMIT, SearchUnavailable, search
+from voicehelper.shared_cache import SharedOrOwnCache
+
+
+@pytest.fixture(autouse=True)
+def nothing_cached(monkeypatch):
+    monkeypatch.setattr("voicehelper.knowledge.search._cache", SharedOrOwnCache())
+    for cache in caches.all():
+        cache.clear()
 
 
 def test_a_tenant_without_documents_finds_nothing(milvus, tenant):
@@ -99,3 +110,31 @@ def test_it_costs_one_query_whatever_is_found(upload, bob):
     with CaptureQueriesContext(connection) as queries:
         assert len(search(tenant_id=bob.own_tenant_id, query="elephants")) == 5
     assert len(queries) == 1
+
+
+def test_a_question_that_comes_again_is_embedded_once_for_each_tenant(endpoint, upload, bob, charlie):
+    upload(bob)
+    handle_now("knowledge", raise_errors=True)
+    endpoint.requests.clear()
+    hits = counted("cache_hits_total", cache_name="default", operation="get")
+    found = [search(tenant_id=bob.own_tenant_id, query="large animals") for _ in range(3)]
+    assert found[0] == found[1] == found[2] and len(found[0]) == 1
+    assert endpoint.requests == [["large animals"]]
+    assert counted("cache_hits_total", cache_name="default", operation="get") - hits == 2
+    search(tenant_id=charlie.own_tenant_id, query="large animals")
+    search(tenant_id=bob.own_tenant_id, query="small animals")
+    assert endpoint.requests[1:] == [["large animals"], ["small animals"]]
+
+
+def test_a_cache_that_is_away_is_done_without(endpoint, upload, bob, settings, caplog):
+    upload(bob)
+    handle_now("knowledge", raise_errors=True)
+    (port,) = free_ports(1)
+    settings.CACHES = {
+        **settings.CACHES,
+        "default": {"BACKEND": "monitoring.caches.RedisCache", "LOCATION": f"redis://127.0.0.1:{port}"},
+    }
+    for _ in range(2):
+        assert len(search(tenant_id=bob.own_tenant_id, query="large animals")) == 1
+    assert caplog.text.count("cannot be reached") == 1
+    assert endpoint.requests.count(["large animals"]) == 1
