@@ -56,7 +56,8 @@ class Scale:
     requests: int = 5_000
     series: int = 10_000
     admin_rows: int = 10_000_000
-    service_seconds: int = 10
+    service_turns: int = 15
+    service_seconds: int = 4
     warm_up_events: int = 5_000
 
 
@@ -83,6 +84,7 @@ QUICK = Scale(
     requests=200,
     series=1_000,
     admin_rows=300_000,
+    service_turns=1,
     service_seconds=2,
     warm_up_events=200,
 )
