@@ -219,6 +219,7 @@ class Simulation:
         headers = self._headers(person) | {"Accept": "application/json"}
         url = f"{self._url}/api/v1/conversations/{conversation}/replies"
         with suppress(urllib3.exceptions.HTTPError):
+            # It takes no Idempotency-Key.
             self._http.request("POST", url, headers=headers, timeout=REPLY_TIMEOUT_SECONDS)
 
     def _count_replies(self, person: Person, conversation: str, sent: Sent) -> None:
@@ -239,7 +240,7 @@ class Simulation:
 
         Each try has the same Idempotency-Key: one whose answer was lost is not done twice.
         """
-        headers = self._headers(person)
+        headers = self._headers(person) | {"Idempotency-Key": str(uuid4())}
         for attempt in range(TRIES):
             started = time.perf_counter()
             with suppress(urllib3.exceptions.HTTPError):
@@ -263,11 +264,7 @@ class Simulation:
         return None
 
     def _headers(self, person: Person) -> dict[str, str]:
-        return {
-            "Authorization": f"Token {person.token}",
-            "Content-Type": "application/json",
-            "Idempotency-Key": str(uuid4()),
-        }
+        return {"Authorization": f"Token {person.token}", "Content-Type": "application/json"}
 
 
 @dataclass(frozen=True)
