@@ -256,7 +256,7 @@ def test_a_consumer_says_what_it_does(quick, kafka, emit, make_consumer):
 
     @consumer.handles("conversation.created")
     def handle(event):
-        if event.metadata["number"] == "1" and next(failures, None) is not None:
+        if event.metadata.get("number") == "1" and next(failures, None) is not None:
             raise ValueError("not yet")
 
     process = ConsumerProcess(consumer)
