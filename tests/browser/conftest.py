@@ -42,6 +42,11 @@ class Product(Stack):
         assert status < 300, text
         return httpx.Response(status, text=text).json()
 
+    def upload(self, name: str, content: bytes) -> None:
+        headers = {"Authorization": f"Token {self.token()}"}
+        answer = httpx.post(f"{self.url}/api/v1/documents", files={"file": (name, content)}, headers=headers)
+        assert answer.status_code == 201, answer.text
+
     def conversation(self, title: str = "Hello") -> str:
         """Post a conversation; returns its id."""
         return self.post("/api/v1/conversations", {"title": title, "mode": "chat"})["id"]

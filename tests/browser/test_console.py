@@ -28,6 +28,13 @@ LISTS = {
     "relay": "/admin/events_outbox/relaycursor/",
     "conversations": "/admin/conversations/conversation/",
     "users": "/admin/identity/user/",
+    "tokens": "/admin/identity/apitoken/",
+    "documents": "/admin/knowledge/document/",
+    "notifications": "/admin/notifications/notification/",
+    "deliveries": "/admin/notifications/delivery/",
+    "webhooks": "/admin/notifications/webhookendpoint/",
+    "totals": "/admin/analytics/dailytotal/",
+    "audit": "/admin/audit/auditentry/",
 }
 
 
@@ -244,6 +251,9 @@ def pages(product):
     product.request(f"/api/v1/conversations/{aggregate}/complete", {"reason": "done"})
     wait_for(lambda: is_handled(product, aggregate), "the event handled")
     letters = make_letters(product)
+    product.post("/api/v1/webhooks", {"url": f"{product.url}/api/v1/none", "description": "One that says no"})
+    product.upload("delivery.txt", b"We deliver within three days.")
+    wait_for(lambda: product.sql("SELECT id FROM notifications_delivery WHERE attempts > 0"), "a delivery tried")
     return {
         "overview": "/admin/",
         "event": event_of(product, aggregate),
