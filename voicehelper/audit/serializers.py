@@ -5,7 +5,7 @@ from typing import Any
 
 from rest_framework import serializers
 
-from .chain import utc_text
+from .chain import COLUMNS, utc_text
 from .models import AuditEntry
 
 
@@ -35,21 +35,5 @@ class AuditEntrySerializer(serializers.ModelSerializer[AuditEntry]):
 
     class Meta:
         model = AuditEntry
-        fields = [
-            "position",
-            "id",
-            "event_id",
-            "event_type",
-            "event_version",
-            "user_id",
-            "aggregate_id",
-            "occurred_at",
-            "correlation_id",
-            "causation_id",
-            "payload",
-            "metadata",
-            "recorded_at",
-            "previous_hash",
-            "hash",
-        ]
+        fields = [name for name in COLUMNS if name != "tenant_id"]  # it is the reader's own
         read_only_fields = fields
