@@ -58,7 +58,7 @@ class OutboxSettings:
     IDLE_POLL_MIN_SECONDS: float = 0.005
     """Shortest pause of a relay that is not behind between two looks at the outbox."""
     IDLE_POLL_MAX_SECONDS: float = 0.1
-    """Longest pause of a relay that is not behind: it doubles while nothing comes, and is twice what a window took."""
+    """Longest pause of a relay that is not behind: it doubles while nothing comes."""
     LEADER_POLL_SECONDS: float = 1.0
     """How often a standby relay tries to become the leader."""
     LEADER_SESSION_TIMEOUT_SECONDS: int = 10

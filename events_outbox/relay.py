@@ -27,6 +27,7 @@ from .leader import SESSION_LOST, Leader, Parked, open_session
 from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
 from .publisher import STUCK_SECONDS, WAITING, ProducerBroken, ProducerStuck, Publisher
+from .rate import Pace
 from .window import Pages, take_snapshot
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,6 @@ Answer = TypeVar("Answer")
 
 HEARTBEAT_SECONDS = 1.0
 ANSWER_SECONDS = 0.5
-REST = 2.0
-"""How long a relay that is not behind rests after a window, in times of what the window took."""
 PAUSED_POLL_SECONDS = 0.5
 HOUSE_ROUND_SECONDS = 60.0
 HOUSE_STEP_SECONDS = 0.1
@@ -135,7 +134,7 @@ class Relay:
 
     def _lead(self, leader: Leader, until_empty: bool) -> None:
         publisher = Publisher(lambda what_for: self._wait_for_broker(leader, what_for), self._patience_seconds)
-        idle_seconds = self._conf.IDLE_POLL_MIN_SECONDS
+        pace = Pace(self._conf.IDLE_POLL_MIN_SECONDS, self._conf.IDLE_POLL_MAX_SECONDS)
         self._house, self._house_due = housekeeping(leader.session), 0.0
         try:
             while not self._stopping:
@@ -143,20 +142,15 @@ class Relay:
                 if leader.paused is not None:
                     continue  # told to stop
                 redriven = self._redrive(leader, publisher)
-                began = time.monotonic()
+                pace.begin()
                 count = self.publish_window(leader, publisher)
                 if count or redriven:
-                    idle_seconds, self._patience_seconds = self._conf.IDLE_POLL_MIN_SECONDS, STUCK_SECONDS
-                    if count < self._batch_size:
-                        # Not behind: a window for each event would cost the machine more than the event's request.
-                        took_seconds = time.monotonic() - began
-                        self._pause(min(max(idle_seconds, REST * took_seconds), self._conf.IDLE_POLL_MAX_SECONDS))
+                    self._patience_seconds = STUCK_SECONDS
                 elif until_empty:
                     self._ask(leader, leader.save)
                     return
-                else:
-                    self._pause(idle_seconds)
-                    idle_seconds = min(idle_seconds * 2, self._conf.IDLE_POLL_MAX_SECONDS)
+                if count < self._batch_size and not (redriven or until_empty):
+                    self._pause(pace.pause_seconds(count))
                 self._heartbeat(leader)
                 self._keep_house(leader)
         except ProducerBroken as error:
