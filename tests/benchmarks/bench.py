@@ -59,6 +59,7 @@ class Scale:
     service_turns: int = 15
     service_seconds: int = 4
     warm_up_events: int = 5_000
+    warm_up_rounds: int = 20
 
 
 FULL = Scale()
@@ -87,6 +88,7 @@ QUICK = Scale(
     service_turns=1,
     service_seconds=2,
     warm_up_events=200,
+    warm_up_rounds=1,
 )
 
 
