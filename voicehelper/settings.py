@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import dj_database_url
+from corsheaders.defaults import default_headers
 from django.core.exceptions import ImproperlyConfigured
 from django.templatetags.static import static
 
@@ -85,6 +86,16 @@ MIDDLEWARE = [
     "django.contrib.messages.middleware.MessageMiddleware",
     "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
+
+# Pages of these origins may use the API, with a token: cookies do not go with their requests.
+CORS_ALLOWED_ORIGINS = _names("CORS_ALLOWED_ORIGINS")
+if CORS_ALLOWED_ORIGINS:
+    INSTALLED_APPS.append("corsheaders")
+    MIDDLEWARE.insert(2, "corsheaders.middleware.CorsMiddleware")  # after the redirect to https
+    CORS_URLS_REGEX = r"^/api/"
+    _read_by_api = ["idempotency-key", "if-match", "if-none-match", "x-correlation-id", "traceparent", "tracestate"]
+    CORS_ALLOW_HEADERS = [*default_headers, *_read_by_api, "baggage"]
+    CORS_EXPOSE_HEADERS = ["ETag", "Idempotency-Replayed", "Location", "Retry-After", "X-Correlation-ID"]
 
 # Nothing from elsewhere, nothing inline, no eval: also the admin.
 CONTENT_SECURITY_POLICY = {

@@ -92,3 +92,57 @@ def test_the_deployment_check_of_production(change, identity):
     )
     assert (done.returncode == 0) == (identity is None), done.stderr
     assert (identity or "") in done.stderr
+
+
+@pytest.fixture
+def allow_origins(settings, settings_of):
+    """Put into force what a value of CORS_ALLOWED_ORIGINS gives."""
+
+    def allow(origins):
+        made = settings_of(CORS_ALLOWED_ORIGINS=origins)
+        for name in made:
+            if name == "MIDDLEWARE" or name.startswith("CORS_"):
+                setattr(settings, name, made[name])
+
+    return allow
+
+
+APP = "https://app.example.org"
+PREFLIGHT = {
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization, content-type, idempotency-key",
+}
+
+
+def test_pages_of_an_allowed_origin_may_use_the_api_with_a_token(allow_origins, client):
+    allow_origins(f"{APP}, https://other.example.org")
+    preflight = client.options("/api/v1/messages", headers={"Origin": APP, **PREFLIGHT})
+    assert (preflight.status_code, preflight["Access-Control-Allow-Origin"]) == (200, APP)
+    allowed = {name.strip() for name in preflight["Access-Control-Allow-Headers"].split(",")}
+    assert {"authorization", "content-type", "idempotency-key", "if-match"} <= allowed
+    answer = client.get("/api/v1/me", headers={"Origin": APP})
+    assert (answer.status_code, answer["Access-Control-Allow-Origin"]) == (401, APP)
+    assert "ETag" in answer["Access-Control-Expose-Headers"]
+    assert not (
+        preflight.has_header("Access-Control-Allow-Credentials")
+        or answer.has_header("Access-Control-Allow-Credentials")
+    )
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "path"),
+    [
+        ("", APP, "/api/v1/me"),
+        (APP, "https://app.example.org.evil.example", "/api/v1/me"),
+        (APP, "http://app.example.org", "/api/v1/me"),
+        (APP, "null", "/api/v1/me"),
+        (APP, APP, "/healthz"),
+    ],
+)
+def test_no_other_page_may(allow_origins, client, origins, origin, path):
+    allow_origins(origins)
+    for answer in (
+        client.options(path, headers={"Origin": origin, **PREFLIGHT}),
+        client.get(path, headers={"Origin": origin}),
+    ):
+        assert "Access-Control-Allow-Origin" not in answer
