@@ -459,7 +459,7 @@ class TestUp:
             answer = httpx.get(url, params={"query": "count by (job) (up == 1)"}).json()["data"]["result"]
             return {series["metric"]["job"]: int(series["value"][1]) for series in answer}
 
-        wait_for(lambda: scraped() == {"web": 1, "relay": 1, "consumer": 3, "delivery": 1}, "all six scraped")
+        wait_for(lambda: scraped() == {"web": 1, "relay": 1, "consumer": 4, "delivery": 1}, "all seven scraped")
         rules = httpx.get(url.removesuffix("query") + "rules").json()["data"]["groups"]
         assert {rule["health"] for group in rules for rule in group["rules"]} <= {"ok", "unknown"}
         assert len(rules) > 1
