@@ -77,6 +77,11 @@ class OutboxSettings:
                     f"EVENTS_OUTBOX[{name!r}] must be above 0 and at most half of LEADER_SESSION_TIMEOUT_SECONDS: "
                     "a relay that pauses longer loses its database session"
                 )
+        if not 0 < self.IDLE_POLL_MIN_SECONDS <= self.IDLE_POLL_MAX_SECONDS:
+            raise ImproperlyConfigured(
+                "EVENTS_OUTBOX['IDLE_POLL_MIN_SECONDS'] must be above 0 and at most IDLE_POLL_MAX_SECONDS: "
+                "a relay that does not pause takes a core"
+            )
         for name, least in (
             ("BATCH_TIMEOUT_SECONDS", 1),
             ("MAX_REPLAYS", 1),

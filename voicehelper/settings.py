@@ -91,7 +91,8 @@ MIDDLEWARE = [
 CORS_ALLOWED_ORIGINS = _names("CORS_ALLOWED_ORIGINS")
 if CORS_ALLOWED_ORIGINS:
     INSTALLED_APPS.append("corsheaders")
-    MIDDLEWARE.insert(2, "corsheaders.middleware.CorsMiddleware")  # after the redirect to https
+    # After the redirect to https.
+    MIDDLEWARE.insert(MIDDLEWARE.index("csp.middleware.CSPMiddleware"), "corsheaders.middleware.CorsMiddleware")
     CORS_URLS_REGEX = r"^/api/"
     _read_by_api = ["idempotency-key", "if-match", "if-none-match", "x-correlation-id", "traceparent", "tracestate"]
     CORS_ALLOW_HEADERS = [*default_headers, *_read_by_api, "baggage"]

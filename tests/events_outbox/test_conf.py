@@ -25,6 +25,8 @@ def set_outbox(settings, **values):
         ({"ACKS": "2"}, '"all"'),
         ({"LEADER_POLL_SECONDS": 6}, "at most half of LEADER_SESSION_TIMEOUT_SECONDS"),
         ({"IDLE_POLL_MAX_SECONDS": 0}, "above 0"),
+        ({"IDLE_POLL_MIN_SECONDS": 0}, "at most IDLE_POLL_MAX_SECONDS"),
+        ({"IDLE_POLL_MIN_SECONDS": 0.2}, "at most IDLE_POLL_MAX_SECONDS"),
         ({"KAFKA": []}, "must be a dict"),
     ],
 )
