@@ -28,7 +28,7 @@ from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
 from .publisher import STUCK_SECONDS, WAITING, ProducerBroken, ProducerStuck, Publisher
 from .rate import Pace
-from .window import Pages, take_snapshot
+from .window import Pages, open_window
 
 logger = logging.getLogger(__name__)
 
@@ -169,17 +169,21 @@ class Relay:
         Returns early, with the cursor inside the window, when the relay is stopped.
         Raises LeadershipLost when the database session is gone, ProducerBroken when the Kafka client is.
         """
-        hi = leader.window or self._ask(leader, take_snapshot, leader.session)
-        if hi == leader.published:
+        which = leader.session, leader.published
+        if leader.window:
+            pages = Pages(*which, leader.window, leader.window_last_id, self._batch_size)
+        else:
+            pages = self._ask(leader, open_window, *which, self._batch_size)
+        self._pages = pages
+        if pages.hi == leader.published:
             return 0
         count, is_read = 0, False
-        pages = self._pages = Pages(leader.session, leader.published, hi, leader.window_last_id, self._batch_size)
         while not is_read:
             page, is_read = self._ask(leader, pages.read)
             if not page:
                 continue
             parked = publisher.publish(page, leader.parked_keys, lambda: self._read_ahead(leader, pages))
-            leader.advance(hi, None if is_read else page[-1][0])
+            leader.advance(pages.hi, None if is_read else page[-1][0])
             self._note_published(leader, len(page) - len(parked), parked)
             self._ask(leader, leader.save, parked, len(page) - len(parked))
             self._beat()
@@ -188,7 +192,7 @@ class Relay:
             self._wait_while_paused(leader)
             if self._stopping and not is_read:
                 return count
-        leader.advance(hi, None)  # where nothing was in it, saved with the next heartbeat: nothing depends on it
+        leader.advance(pages.hi, None)  # where nothing was in it, saved with the next heartbeat: nothing depends on it
         return count
 
     def _read_ahead(self, leader: Leader, pages: Pages) -> None:

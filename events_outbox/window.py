@@ -14,7 +14,7 @@ Within a window id order is the order of commits of one aggregate, as long as ea
 the lock on the aggregate: the next holder of that lock draws its ids later.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -54,6 +54,22 @@ FEW_ROWS = 16
 PAGE_COLUMNS = ", ".join(
     ["e.id", "e.topic::text", "e.aggregate_id::varchar", "e.value", *(f"e.{name}::varchar" for name in HEADER_FIELDS)]
 )
+# The rows that a snapshot does not see, and the snapshot up to which: a statement sees what its own snapshot sees, no
+# more and no less. Ids of transactions come as spans, for `transaction_id = x` would be sorted by id alone, and with
+# a LIMIT the planner takes the primary key for that and walks through every published row; so, the index on
+# (transaction_id, id) is looked into once for each span.
+LOOK_SQL = f"""
+    SELECT pg_current_snapshot()::text, {PAGE_COLUMNS}
+      FROM (VALUES (1)) AS always
+      LEFT JOIN (SELECT few.* FROM unnest($1::xid8[], $2::xid8[]) AS span (first, last)
+                  CROSS JOIN LATERAL (SELECT * FROM {_OUTBOX}
+                                       WHERE transaction_id BETWEEN span.first AND span.last
+                                       ORDER BY transaction_id, id LIMIT $3) AS few
+                  LIMIT $3) e ON true
+     ORDER BY e.id
+"""
+_LAST_TRANSACTION_ID = 2**64 - 1
+
 PAGE_SQL = f"""
     SELECT {PAGE_COLUMNS}
       FROM (SELECT *, sum(octet_length(value)) OVER (ORDER BY id) - octet_length(value) AS bytes_before
@@ -74,6 +90,21 @@ def take_snapshot(connection: psycopg.Connection[Any]) -> PgSnapshot:
     """Take a snapshot now: what it sees is committed and stays visible to every later statement."""
     (text,) = connection.execute("SELECT pg_current_snapshot()::text").fetchall()[0]
     return PgSnapshot.parse(text)
+
+
+def open_window(connection: psycopg.Connection[Any], lo: PgSnapshot, page_rows: int) -> "Pages":
+    """Take a snapshot now and return the pages of the window from `lo` up to it.
+
+    Where the window has few rows, as it has unless the relay is behind, they come with the snapshot in one round trip.
+    """
+    few = min(FEW_ROWS, page_rows)
+    in_progress = [str(xid) for xid in sorted(lo.xip)]
+    spans = ([str(lo.xmax), *in_progress], [str(_LAST_TRANSACTION_ID), *in_progress])
+    _send_query(connection, LOOK_SQL, [*(_array(xids) for xids in spans), str(few + 1)])
+    found = _receive(connection)
+    hi = PgSnapshot.parse(found[0][0])
+    rows = [row[1:] for row in found if row[1] is not None]
+    return Pages(connection, lo, hi, 0, page_rows, all_rows=rows if len(rows) <= few else None)
 
 
 def window_ids(
@@ -103,15 +134,24 @@ def window_ids(
 
 
 class Pages:
-    """The rows of the window between `lo` and `hi`, ascending, page by page.
+    """The rows of the window between `lo` and `hi` with an id above `after_id`, ascending, page by page.
 
+    `all_rows`: these rows, where they have been read already.
     While the caller is busy with a page, the server prepares the next one. `receive()` brings that in: call it before
     the connection is used for anything else, and before a long wait (an unread result keeps its locks).
     """
 
     def __init__(
-        self, connection: psycopg.Connection[Any], lo: PgSnapshot, hi: PgSnapshot, after_id: int, page_rows: int
+        self,
+        connection: psycopg.Connection[Any],
+        lo: PgSnapshot,
+        hi: PgSnapshot,
+        after_id: int,
+        page_rows: int,
+        all_rows: list[Row] | None = None,
     ) -> None:
+        self.hi = hi
+        self._all_rows = all_rows
         self._connection = connection
         self._ids = (id_ for chunk in window_ids(connection, lo, hi, after_id) for id_ in chunk)
         self._page_rows = page_rows
@@ -126,6 +166,8 @@ class Pages:
         A page has `page_rows` rows, fewer at the end of the window, where rows are gone, and where their values
         exceed PAGE_MAX_BYTES.
         """
+        if self._all_rows is not None:
+            return self._all_rows, True
         if self._page is None and not self.is_under_way:
             self._ask_for_more()
         self.receive()
@@ -167,13 +209,20 @@ def _some_are_large(connection: psycopg.Connection[Any]) -> bool:
 def _send(connection: psycopg.Connection[Any], ids: Sequence[int], some_are_large: bool) -> None:
     """Ask for the rows of these ids without waiting for them."""
     if some_are_large or ids[-1] - ids[0] >= len(ids):
-        sql, parameters = PAGE_SQL, ["{" + ",".join(map(str, ids)) + "}", str(PAGE_MAX_BYTES)]
+        _send_query(connection, PAGE_SQL, [_array(map(str, ids)), str(PAGE_MAX_BYTES)])
     else:
-        sql, parameters = RANGE_SQL, [str(ids[0]), str(ids[-1])]
+        _send_query(connection, RANGE_SQL, [str(ids[0]), str(ids[-1])])
+
+
+def _send_query(connection: psycopg.Connection[Any], sql: str, parameters: Sequence[str]) -> None:
     connection.pgconn.send_query_params(
         sql.encode(), [parameter.encode() for parameter in parameters], result_format=pq.Format.BINARY
     )
     connection.wait(generators.send(connection.pgconn))
+
+
+def _array(values: Iterable[str]) -> str:
+    return "{" + ",".join(values) + "}"
 
 
 def _receive(connection: psycopg.Connection[Any]) -> list[Row]:

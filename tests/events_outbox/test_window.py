@@ -1,5 +1,6 @@
 """The snapshot cursor under concurrency: nothing missed, nothing made up, order kept; and wrong readers are caught."""
 
+import contextlib
 import random
 import secrets
 import time
@@ -12,14 +13,14 @@ from events_outbox import window
 from events_outbox.fields import NOTHING_SEEN, PgSnapshot
 from events_outbox.leader import open_session
 from events_outbox.models import OutboxEvent
-from events_outbox.window import Pages, read_bytes, take_snapshot, window_ids
+from events_outbox.window import Pages, open_window, read_bytes, take_snapshot, window_ids
 from tests.outbox_writers import Ledger, Violations, emit, judge, writers
 
 pytestmark = [pytest.mark.django_db(transaction=True), pytest.mark.usefixtures("aggregates")]
 
 
 class SnapshotReader:
-    """The relay's way: windows between two snapshots that were really taken."""
+    """Windows between two snapshots that were really taken."""
 
     def __init__(self):
         self.lo = NOTHING_SEEN
@@ -28,6 +29,19 @@ class SnapshotReader:
         hi = take_snapshot(session)
         ids = [id_ for chunk in window_ids(session, self.lo, hi) for id_ in chunk]
         self.lo = hi
+        return ids
+
+
+class WindowReader:
+    """The relay's way as it is: few rows come with the snapshot, more of them page by page."""
+
+    def __init__(self):
+        self.lo = NOTHING_SEEN
+
+    def read(self, session):
+        pages = open_window(session, self.lo, page_rows=random.randint(1, 4))
+        ids = [row[0] for page in _read(pages) for row in page]
+        self.lo = pages.hi
         return ids
 
 
@@ -124,10 +138,11 @@ def published_by(reader, ledger, seed, seconds):
     return ids
 
 
-def test_nothing_missed_and_order_kept_under_concurrent_writers():
+@pytest.mark.parametrize("reader", [SnapshotReader, WindowReader])
+def test_nothing_missed_and_order_kept_under_concurrent_writers(reader):
     seed = random.randrange(10**9)
     ledger = Ledger()
-    ids = published_by(SnapshotReader(), ledger, seed, seconds=6)
+    ids = published_by(reader(), ledger, seed, seconds=6)
     print(f"seed {seed}: {ledger.count()} events")  # shown when the test fails
     assert judge(ids, ledger) == Violations(0, 0, 0, 0)
     assert ledger.count() > 500
@@ -147,12 +162,13 @@ def test_the_same_test_catches_wrong_readers(mutant):
     pytest.fail(f"{mutant.__name__} was not caught: the test is too weak")
 
 
-def test_a_long_transaction_holds_back_only_its_own_events():
+@pytest.mark.parametrize("reader", [SnapshotReader, WindowReader])
+def test_a_long_transaction_holds_back_only_its_own_events(reader):
     with psycopg.connect(**_raw_parameters()) as other, open_session() as session:
         other.execute("SELECT pg_current_xact_id()")
         with transaction.atomic():
             emit("a0", 1)
-        reader = SnapshotReader()
+        reader = reader()
         assert len(reader.read(session)) == 1
 
 
@@ -189,7 +205,7 @@ def test_python_and_postgresql_agree_on_what_a_snapshot_sees():
 
 def test_reading_a_window_does_not_walk_through_published_rows():
     """EXPLAIN on a big table: the two queries of a window use their indexes, whatever has been published."""
-    from events_outbox.window import PAGE_SQL, RANGE_SQL, WINDOW_IDS_SQL
+    from events_outbox.window import LOOK_SQL, PAGE_SQL, RANGE_SQL, WINDOW_IDS_SQL
 
     with connection.cursor() as cursor:
         cursor.execute(
@@ -204,7 +220,10 @@ def test_reading_a_window_does_not_walk_through_published_rows():
         for number in range(20):
             with transaction.atomic():
                 emit("a0", number)
+        look = LOOK_SQL, [[str(lo.xmax), "5"], [str(2**64 - 1), "5"], 17]
+        _assert_each_span_is_looked_up(_explain(session, *look))  # nothing is known of the table yet
         session.execute("ANALYZE events_outbox_outboxevent")
+        _assert_each_span_is_looked_up(_explain(session, *look))
         hi = take_snapshot(session)
         lo = PgSnapshot(lo.xmin - 1, lo.xmax, frozenset({lo.xmin - 1}))
         parameters = {
@@ -224,12 +243,42 @@ def test_reading_a_window_does_not_walk_through_published_rows():
             [str(lo.xmax), ids[0] - 150_000],
         )
         session.execute("VACUUM (ANALYZE) events_outbox_outboxevent")
+        _assert_each_span_is_looked_up(_explain(session, *look))
         parameters["hi"] = str(take_snapshot(session))
         plan = _explain(session, declare, parameters)
         assert plan.count("Index Cond: ((transaction_id ") == 2 and "Seq Scan" not in plan, plan
         for sql, parameters in ((PAGE_SQL, [ids, 10**6]), (RANGE_SQL, [ids[0], ids[-1]])):
             plan = _explain(session, sql, parameters)
             assert "outboxevent_pkey" in plan and "Seq Scan" not in plan, plan
+
+
+def _assert_each_span_is_looked_up(plan):
+    assert "Index Cond: ((transaction_id >= span.first) AND (transaction_id <= span.last))" in plan, plan
+    assert "Index Scan using outbox_window" in plan and "Seq Scan" not in plan, plan
+
+
+def test_few_rows_come_with_the_snapshot_in_one_answer():
+    with open_session() as session:
+        read_bytes(session)
+        lo = take_snapshot(session)
+        empty = open_window(session, lo, 500)
+        assert empty.hi == lo and _read(empty) == [[]]
+        lo, numbers = empty.hi, iter(range(100))
+        for count, page_rows, is_in_one_answer in ((1, 500, True), (16, 500, True), (17, 500, False), (3, 2, False)):
+            for _ in range(count):
+                with transaction.atomic():
+                    emit("a0", next(numbers))
+            pages, hi = open_window(session, lo, page_rows), take_snapshot(session)
+            assert pages.hi == hi
+            with psycopg.connect(**_raw_parameters()) as other:
+                other.execute("LOCK TABLE events_outbox_outboxevent")
+                session.execute("SET statement_timeout = '50ms'")
+                with contextlib.nullcontext() if is_in_one_answer else pytest.raises(psycopg.errors.QueryCanceled):
+                    pages.read()
+            session.execute("SET statement_timeout = 0")
+            assert _read(open_window(session, lo, page_rows)) == _read(Pages(session, lo, hi, 0, page_rows))
+            assert sum(len(page) for page in _read(open_window(session, lo, page_rows))) == count
+            lo = hi
 
 
 def test_pages_hold_each_row_of_the_window_once_whatever_their_size():
@@ -304,7 +353,11 @@ def test_a_page_that_could_not_be_read_is_asked_for_again():
 
 def _pages(session, lo, page_rows):
     """All pages of the window from `lo` to now."""
-    pages, found, is_last = Pages(session, lo, take_snapshot(session), 0, page_rows), [], False
+    return _read(Pages(session, lo, take_snapshot(session), 0, page_rows))
+
+
+def _read(pages):
+    found, is_last = [], False
     while not is_last:
         page, is_last = pages.read()
         found.append(page)
