@@ -5,7 +5,7 @@ from collections import deque
 
 RATE_SECONDS = 10.0
 
-GATHER = 8
+GATHER = 10
 """Events that a relay that is not behind lets come together: a window has a price, however little is in it."""
 GATHER_MAX_SECONDS = 0.05
 _NEW_SHARE = 0.3
