@@ -169,13 +169,13 @@ class Relay:
         Returns early, with the cursor inside the window, when the relay is stopped.
         Raises LeadershipLost when the database session is gone, ProducerBroken when the Kafka client is.
         """
-        which = leader.session, leader.published
+        session, lo = leader.session, leader.published
         if leader.window:
-            pages = Pages(*which, leader.window, leader.window_last_id, self._batch_size)
+            pages = Pages(session, lo, leader.window, leader.window_last_id, self._batch_size)
         else:
-            pages = self._ask(leader, open_window, *which, self._batch_size)
+            pages = self._ask(leader, open_window, session, lo, self._batch_size)
         self._pages = pages
-        if pages.hi == leader.published:
+        if pages.hi == lo:
             return 0
         count, is_read = 0, False
         while not is_read:
