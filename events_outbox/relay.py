@@ -28,7 +28,7 @@ from .models import OutboxEvent, RelayCursor
 from .pruning import housekeeping
 from .publisher import STUCK_SECONDS, WAITING, ProducerBroken, ProducerStuck, Publisher
 from .rate import Pace
-from .window import Pages, open_window
+from .window import Pages, open_window, take_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,7 @@ class Relay:
         # A thread beside the loop, to ask the database in: it may take long to answer.
         self._reader = ThreadPoolExecutor(1, "reader")
         self._pages: Pages | None = None
+        self._is_idle = False
         self._patience_seconds = STUCK_SECONDS
         self._house: Iterator[int] = iter(())
         self._house_due = 0.0
@@ -144,6 +145,7 @@ class Relay:
                 redriven = self._redrive(leader, publisher)
                 pace.begin()
                 count = self.publish_window(leader, publisher)
+                self._is_idle = not count
                 if count or redriven:
                     self._patience_seconds = STUCK_SECONDS
                 elif until_empty:
@@ -172,11 +174,11 @@ class Relay:
         session, lo = leader.session, leader.published
         if leader.window:
             pages = Pages(session, lo, leader.window, leader.window_last_id, self._batch_size)
+        elif self._is_idle and self._ask(leader, take_snapshot, session) == lo:
+            return 0  # to look into each of an outbox's partitions takes far longer than a snapshot
         else:
             pages = self._ask(leader, open_window, session, lo, self._batch_size)
         self._pages = pages
-        if pages.hi == lo:
-            return 0
         count, is_read = 0, False
         while not is_read:
             page, is_read = self._ask(leader, pages.read)

@@ -21,6 +21,7 @@ from events_outbox.publisher import Publisher
 from events_outbox.rate import GATHER_MAX_SECONDS
 from events_outbox.relay import Relay
 from events_outbox.status import read_status
+from events_outbox.window import open_window
 from tests.events_outbox.conftest import eventually, in_thread
 from tests.outbox_writers import Ledger, judge, writers
 from tests.topics import TopicReader
@@ -103,6 +104,22 @@ def test_a_relay_rests_after_a_window_unless_it_is_behind(emit, kafka, settings,
     relay.run()
     assert relay.paused_seconds == (GATHER_MAX_SECONDS if rests else 0.0001)
     assert read_status().pending == 0
+
+
+def test_an_idle_relay_reads_the_outbox_only_when_something_was_committed(kafka, settings, monkeypatch):
+    kafka_settings(settings, IDLE_POLL_MIN_SECONDS=0.0001, IDLE_POLL_MAX_SECONDS=0.0001)
+    pauses, windows = [], []
+
+    class PausesOften(Relay):
+        def _pause(self, seconds):
+            pauses.append(seconds)
+            if len(pauses) == 50:
+                self.stop()
+
+    monkeypatch.setattr("events_outbox.relay.open_window", lambda *given: windows.append(given) or open_window(*given))
+    PausesOften().run()
+    assert len(pauses) == 50
+    assert 1 <= len(windows) < 20  # its own heartbeats are commits, and so is what else the server does
 
 
 def test_events_of_a_key_share_a_partition_and_keep_their_order(emit, topic_reader):
